@@ -1,0 +1,1 @@
+"""The SuperLink: stock Flower behind mutual TLS and the role guard."""

@@ -1,0 +1,1 @@
+"""The SuperNode: a site's only process that talks to the SuperLink."""
