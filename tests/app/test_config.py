@@ -1,0 +1,74 @@
+"""The run config is typed, complete, and refuses what it does not know."""
+
+import dataclasses
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from app.config import RunConfig
+from certs.errors import ConfigError
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def table() -> dict[str, object]:
+    loaded: dict[str, object] = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"][
+        "config"
+    ]
+    return loaded
+
+
+def test_the_defaults_are_the_table_flower_reads() -> None:
+    assert RunConfig().as_dict() == table()
+    assert RunConfig.parse(table()) == RunConfig()
+
+
+def test_overrides_keep_the_other_defaults() -> None:
+    config = RunConfig.parse({"rounds": 7, "learning-rate": 1, "model": "hf:lerobot/smolvla_base"})
+    assert (config.rounds, config.learning_rate, config.model) == (
+        7,
+        1.0,
+        "hf:lerobot/smolvla_base",
+    )
+    assert isinstance(config.learning_rate, float)
+    assert config.batch_size == RunConfig().batch_size
+
+
+def test_it_survives_a_round_trip() -> None:
+    config = RunConfig(rounds=2, held_out=0.25, seed=9)
+    assert RunConfig.parse(config.as_dict()) == config
+
+
+def test_an_unknown_key_is_named_with_the_accepted_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'local_steps'.*local-steps") as caught:
+        RunConfig.parse({"local_steps": 3})
+    for setting in dataclasses.fields(RunConfig):
+        assert setting.name.replace("_", "-") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("rounds", 0, "a whole number from 1 to 100000"),
+        ("rounds", 2.0, "a whole number"),
+        ("rounds", True, "a whole number"),
+        ("rounds", "3", "a whole number"),
+        ("learning-rate", 0, "a number above 0.0 up to 1.0"),
+        ("learning-rate", "fast", "a number"),
+        ("learning-rate", math.nan, "a number"),
+        ("held-out", 0.9, "up to 0.5"),
+        ("round-timeout", math.inf, "86400"),
+        ("seed", 2**31, "a whole number from 0"),
+        ("model", "", "a text in quotes"),
+        ("model", 3, "a text in quotes"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key_and_range(
+    key: str, value: object, accepted: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse({key: value})
+    assert f"{key}={value!r}" in str(caught.value)
+    assert accepted in str(caught.value)
