@@ -1,3 +1,89 @@
-"""x."""
+"""The ``vlafleet`` command, composed from the packages.
+
+Every command imports what it needs when it runs: Flower takes three seconds to import and lerobot ten.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+import certs.cli
+import superlink.cli
+import supernode.cli
+from certs.errors import FleetError
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of SmolVLA over mutual TLS.",
+)
+cli.add_typer(certs.cli.cli, name="certs")
+cli.command()(superlink.cli.superlink)
+cli.add_typer(superlink.cli.site, name="site")
+cli.command()(superlink.cli.run)
+cli.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(superlink.cli.flwr)
+cli.command()(supernode.cli.supernode)
+
+
+@cli.command()
+def superexec(
+    identity: Annotated[
+        Path, typer.Option(envvar="VLAFLEET_IDENTITY", help="The SuperExec's identity directory.")
+    ],
+    address: Annotated[str, typer.Option(help="The Runtime API, host:port.")],
+) -> None:
+    """Run a SuperExec: it starts the ServerApp (at the SuperLink) or the ClientApp (at a site)."""
+    from app.superexec import serve
+    from certs.identity import Identity
+    from certs.roles import Role
+
+    serve(Identity.load(identity, Role.SUPEREXEC), address)
+
+
+@cli.command()
+def health(
+    identity: Annotated[
+        Path, typer.Option(envvar="VLAFLEET_IDENTITY", help="The identity of the process to probe.")
+    ],
+    address: Annotated[
+        str, typer.Option(help="Where the SuperLink listens (host:port), for its probe.")
+    ] = "localhost:9092",
+) -> None:
+    """Say whether the process with this identity does its work; exit 15 when it does not."""
+    from certs.health import check
+
+    typer.echo(check(identity, address))
+
+
 def main() -> None:
-    pass
+    """Run the command line; an expected failure is one sentence and its class's exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # One line per request, and one per step of Flower's database set-up.
+    for chatty in ("httpx", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("flwr").propagate = False  # Flower has a handler of its own
+    try:
+        cli(standalone_mode=False)
+    except FleetError as error:
+        print(f"vlafleet: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("vlafleet: interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it
+
+
+if __name__ == "__main__":
+    main()

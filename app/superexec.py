@@ -1,0 +1,79 @@
+"""SuperExec with a certificate, and the task processes it starts.
+
+Flower starts a fresh process for every ServerApp and ClientApp task. Each presents the SuperExec's certificate, refuses
+a bundle that carries code, and dies with its SuperExec: a ClientApp that ends gracefully in mid-task leaves its
+SuperNode waiting for a reply for ever (measured on Flower 1.41).
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import sysconfig
+from pathlib import Path
+
+from certs.contact import recorder
+from certs.errors import FleetError
+from certs.flower import install_bundle_check, install_client, install_commands, quiet
+from certs.identity import Identity
+from certs.roles import Role
+
+_log = logging.getLogger("vlafleet.superexec")
+
+# Hands the identity from SuperExec to the task processes it starts.
+_IDENTITY = "VLAFLEET_IDENTITY"
+# prctl(2), option PR_SET_PDEATHSIG: the kernel signals this process when its parent ends, even by SIGKILL.
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(identity: Identity, address: str) -> None:
+    """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT."""
+    os.environ[_IDENTITY] = str(identity.directory.absolute())
+    quiet()
+    install_client(identity, recorder(identity.peer))
+    scripts = Path(sysconfig.get_path("scripts"))
+    install_commands(str(scripts / "vlafleet-serverapp"), str(scripts / "vlafleet-clientapp"))
+    from flwr.supercore.superexec.run_superexec import run_superexec
+    from flwr.supercore.utils import disable_process_dumping
+
+    disable_process_dumping(strict=False)  # as flower-superexec does: its memory holds task tokens
+
+    _log.info("SuperExec %s polls %s", identity.peer.name, address)
+    run_superexec(
+        runtime_api_address=address,
+        insecure=False,
+        root_certificates_path=str(identity.authority),
+        runtime_dependency_install=False,
+    )
+
+
+def serverapp() -> None:
+    """Run one ServerApp task (started by SuperExec)."""
+    _prepare_task()
+    from flwr.superlink.cli import flwr_serverapp
+    from flwr.superlink.runtime import run_serverapp
+
+    install_bundle_check(sys.modules[run_serverapp.__module__])
+    flwr_serverapp()
+
+
+def clientapp() -> None:
+    """Run one ClientApp task (started by SuperExec)."""
+    _prepare_task()
+    from flwr.supernode.cli import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
+
+    install_bundle_check(sys.modules[run_clientapp.__module__])
+    flwr_clientapp()
+
+
+def _prepare_task() -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # SuperExec ended before the request reached the kernel
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        install_client(Identity.load(Path(os.environ[_IDENTITY]), Role.SUPEREXEC))
+    except FleetError as error:
+        sys.exit(f"vlafleet: {error}")

@@ -1,0 +1,116 @@
+"""``vlafleet certs``: the federation's authority and identities."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certs.authority import Authority
+from certs.errors import CertificateError
+from certs.files import load_certificate
+from certs.identity import (
+    authority_directory,
+    ensure_identity,
+    identity_directory,
+    publish_crl,
+)
+from certs.roles import SUPERLINK_NAME, Peer, Role
+
+cli = typer.Typer(no_args_is_help=True, help="The federation's authority and identities.")
+
+Pki = Annotated[
+    Path, typer.Argument(help="The PKI directory; the authority lies in its folder 'ca'.")
+]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", help="A DNS name or IP address the server answers at; may be repeated."),
+]
+
+
+@cli.command()
+def init(
+    pki: Pki,
+    federation: Annotated[str, typer.Option(help="The federation's name, a DNS label.")],
+) -> None:
+    """Make the federation's authority; do nothing when it is there."""
+    authority = Authority.init(authority_directory(pki), federation)
+    typer.echo(f"authority of {authority.federation} in {authority.directory}")
+
+
+@cli.command()
+def issue(
+    pki: Pki,
+    role: Role,
+    name: str,
+    host: Hosts = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the identity goes; by default PKI/ROLE/NAME.")
+    ] = None,
+) -> None:
+    """Issue an identity (key, certificate, authority) for a role; keep the one that is there while it is good."""
+    authority = Authority.load(authority_directory(pki))
+    directory = out or identity_directory(pki, role, name)
+    outcome = ensure_identity(authority, directory, role, name, host or [])
+    typer.echo(f"{outcome}: {role} {name} in {directory}")
+
+
+@cli.command()
+def revoke(pki: Pki, role: Role, name: str) -> None:
+    """Revoke every certificate of a holder; a running SuperLink beside this PKI refuses it within seconds."""
+    authority = Authority.load(authority_directory(pki))
+    revoked = authority.revoke(role, name)
+    publish_crl(pki, authority)
+    typer.echo(f"revoked {len(revoked)} certificate(s) of {role} {name}; list: {authority.crl}")
+
+
+@cli.command("list")
+def list_(pki: Pki) -> None:
+    """Show what was issued, and sign the revocation list anew."""
+    authority = Authority.load(authority_directory(pki))
+    authority.renew_crl()
+    publish_crl(pki, authority)
+    now = datetime.now(UTC)
+    typer.echo(f"{'ROLE':<10} {'NAME':<20} {'STATE':<8} {'EXPIRES (UTC)':<17} SERIAL")
+    for line in authority.issued():
+        typer.echo(
+            f"{line.role:<10} {line.name:<20} {line.state(now):<8} "
+            f"{line.not_after:%Y-%m-%d %H:%M}  {line.serial:x}"
+        )
+
+
+@cli.command()
+def inspect(certificate: Annotated[Path, typer.Argument(help="A PEM certificate.")]) -> None:
+    """Show whom a certificate speaks for, and until when."""
+    loaded = load_certificate(certificate)
+    peer = Peer.of(loaded)
+    typer.echo(f"{peer.uri}\nserial  {peer.serial:x}")
+    typer.echo(f"valid   {loaded.not_valid_before_utc} to {loaded.not_valid_after_utc}")
+
+
+@cli.command()
+def demo(
+    pki: Pki,
+    site: Annotated[list[str], typer.Option("--site", help="A site's name; may be repeated.")],
+    federation: Annotated[str, typer.Option(help="The federation's name.")] = "demo",
+    host: Hosts = None,
+) -> None:
+    """Make every identity of a federation on one machine: 'init' and all of 'issue' in one step."""
+    authority = Authority.init(authority_directory(pki), federation)
+    # A federation whose members never change would otherwise let its list go stale.
+    authority.renew_crl()
+    hosts = ["localhost", "127.0.0.1", *(host or [])]
+    holders: list[tuple[Role, str, list[str]]] = [
+        (Role.SUPERLINK, SUPERLINK_NAME, [*hosts, SUPERLINK_NAME]),
+        (Role.SUPEREXEC, SUPERLINK_NAME, []),
+        (Role.OPERATOR, "admin", []),
+        (Role.MONITOR, "prometheus", []),
+    ]
+    for name in site:
+        if name == SUPERLINK_NAME:
+            raise CertificateError(f"a site cannot be named {name!r}; choose another name")
+        holders += [(Role.SITE, name, [*hosts, name]), (Role.SUPEREXEC, name, [])]
+    for role, name, names in holders:
+        directory = identity_directory(pki, role, name)
+        outcome = ensure_identity(authority, directory, role, name, names)
+        typer.echo(f"{outcome}: {role} {name} in {directory}")

@@ -1,0 +1,154 @@
+"""Every hook into Flower, in one place.
+
+Flower 1.41 has no client certificates and starts its task processes by name. Three seams are used; a contract test
+(``tests/certs/test_flower.py``) names the one that changed when Flower changes underneath.
+"""
+
+import inspect
+import io
+import os
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from certs.contexts import client_context
+from certs.errors import CertificateError, ConfigError
+from certs.identity import Identity
+
+# Flower's switches for what leaves the machine or changes it at run time. Set before Flower is imported.
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+# The components every bundle names; the code behind them is the installed one.
+COMPONENTS = {"serverapp": "app.server_app:app", "clientapp": "app.client_app:app"}
+
+
+class HookError(RuntimeError):
+    """Flower changed where this project hooks into it."""
+
+
+def quiet() -> None:
+    """Switch off Flower's telemetry, update check and runtime dependency installation, for children too."""
+    os.environ.update(ENVIRONMENT)
+
+
+def install_client(
+    identity: Identity, on_response: Callable[[httpx.Response], None] | None = None
+) -> None:
+    """Make every Flower client of this process present ``identity``, over TLS only.
+
+    Hook: ``flwr.supercore.protobuf.client.ProtobufClient.__init__`` takes ``verify``. SuperNode, SuperExec, ServerApp,
+    ClientApp and the ``flwr`` command all make their connections through it.
+    """
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    check_client_hook(ProtobufClient)
+    original = ProtobufClient.__init__
+    context = client_context(identity)
+
+    def __init__(self: Any, base_url: str, **options: Any) -> None:  # noqa: N807
+        if not base_url.startswith("https://"):
+            raise CertificateError(
+                f"{base_url} is not https; this federation speaks mutual TLS only"
+            )
+        original(self, base_url, **{**options, "verify": context})
+        if on_response is not None:
+            self._client.event_hooks = {"response": [on_response]}
+
+    ProtobufClient.__init__ = __init__  # type: ignore[method-assign]
+
+
+def check_client_hook(client: type) -> None:
+    """Raise ``HookError`` unless ``ProtobufClient`` still takes ``base_url`` and ``verify``."""
+    parameters = inspect.signature(client.__init__).parameters  # type: ignore[misc]
+    if not {"self", "base_url", "verify"} <= set(parameters):
+        raise HookError(
+            "the hook ProtobufClient.__init__(base_url, *, verify) is gone from Flower: "
+            "client certificates cannot be presented"
+        )
+
+
+def install_commands(serverapp: str, clientapp: str) -> None:
+    """Make SuperExec start these programs for a ServerApp and a ClientApp task.
+
+    Hook: the table ``flwr.supercore.constant.TASK_TYPE_TO_COMMAND``, read by ``SubprocessExecutor.launch``.
+    """
+    from flwr.supercore import constant
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    check_command_hook(constant, subprocess_executor)
+    constant.TASK_TYPE_TO_COMMAND.update(
+        {constant.TaskType.SERVER_APP: serverapp, constant.TaskType.CLIENT_APP: clientapp}
+    )
+
+
+def check_command_hook(constant: Any, subprocess_executor: Any) -> None:
+    """Raise ``HookError`` unless the executor still reads the table of task commands."""
+    table: Any = getattr(constant, "TASK_TYPE_TO_COMMAND", None)
+    used: Any = getattr(subprocess_executor, "TASK_TYPE_TO_COMMAND", None)
+    types: Any = getattr(constant, "TaskType", None)
+    wanted = [getattr(types, name, None) for name in ("SERVER_APP", "CLIENT_APP")]
+    if (
+        not isinstance(table, dict)
+        or table is not used
+        or any(task not in table for task in wanted)
+    ):
+        raise HookError(
+            "the hook TASK_TYPE_TO_COMMAND is gone from Flower's SubprocessExecutor: "
+            "SuperExec would start tasks without a certificate"
+        )
+
+
+def install_bundle_check(module: Any) -> None:
+    """Refuse a Flower App Bundle that carries code, in a task process.
+
+    Hook: the name ``install_from_fab`` in ``flwr.superlink.runtime.run_serverapp`` and
+    ``flwr.supernode.runtime.run_clientapp``, called with the bundle's bytes before anything is loaded.
+    """
+    check_bundle_hook(module)
+    original = module.install_from_fab
+
+    def install_from_fab(fab_file: bytes, *args: Any, **options: Any) -> Path:
+        check_bundle(fab_file)
+        path: Path = original(fab_file, *args, **options)
+        return path
+
+    module.install_from_fab = install_from_fab
+
+
+def check_bundle_hook(module: Any) -> None:
+    """Raise ``HookError`` unless the task process still installs bundles through ``install_from_fab``."""
+    function = getattr(module, "install_from_fab", None)
+    first = next(iter(inspect.signature(function).parameters), None) if function else None
+    if first != "fab_file":
+        raise HookError(
+            f"the hook install_from_fab(fab_file) is gone from {module.__name__}: "
+            "a bundle's code could not be refused"
+        )
+
+
+def check_bundle(fab: bytes) -> None:
+    """Raise ``ConfigError`` when a bundle carries anything but the run's configuration.
+
+    What runs at a site is what is installed there; a bundle that brings files of its own would shadow it.
+    """
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        names = {name for name in archive.namelist() if not name.startswith(".info/")}
+        if names != {"pyproject.toml"}:
+            extra = ", ".join(sorted(names - {"pyproject.toml"})[:3]) or "no pyproject.toml"
+            raise ConfigError(
+                f"the run's bundle carries {extra}; a site runs only the code installed there. "
+                "Build the bundle with fab-include = ['pyproject.toml']"
+            )
+        project = tomllib.loads(archive.read("pyproject.toml").decode())
+    components = project.get("tool", {}).get("flwr", {}).get("app", {}).get("components")
+    if components != COMPONENTS:
+        raise ConfigError(
+            f"the run's bundle names the components {components}; this site runs {COMPONENTS} only"
+        )

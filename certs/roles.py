@@ -1,0 +1,98 @@
+"""Who a certificate speaks for: a role and a name within one federation.
+
+A leaf carries both twice, as subject (O = federation, OU = role, CN = name) for people and tools that only read
+subjects, and as the SAN URI ``spiffe://<federation>/<role>/<name>`` (SPIFFE ID, https://spiffe.io) for the checks here.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from certs.errors import CertificateError
+
+# A DNS label (RFC 1123): such a name is also safe as a directory, a container and a metric label.
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Role(StrEnum):
+    """What a certificate's holder may do."""
+
+    SUPERLINK = "superlink"
+    SITE = "site"
+    OPERATOR = "operator"
+    SUPEREXEC = "superexec"
+    MONITOR = "monitor"
+
+
+# The one SuperLink of a federation, and the SuperExec that runs its ServerApp, go by this name.
+SUPERLINK_NAME = "superlink"
+
+
+def checked_name(name: str, what: str = "name") -> str:
+    """Return ``name`` when it is a DNS label; raise ``CertificateError`` that quotes it otherwise."""
+    if not _LABEL.fullmatch(name):
+        raise CertificateError(
+            f"{what} {name!r} is not allowed: use 1 to 63 lower-case letters, digits and dashes, "
+            "beginning and ending with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The verified holder of a certificate."""
+
+    federation: str
+    role: Role
+    name: str
+    serial: int
+
+    @property
+    def uri(self) -> str:
+        """The SPIFFE ID."""
+        return spiffe_id(self.federation, self.role, self.name)
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> Self:
+        """Read the holder of a certificate; raise ``CertificateError`` unless URI and subject agree."""
+        try:
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+            uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
+        except (x509.ExtensionNotFound, ValueError):
+            uris = []
+        if len(uris) != 1:
+            raise CertificateError(
+                f"a federation certificate has one SAN URI; this has {len(uris)}"
+            )
+        match = re.fullmatch(r"spiffe://([^/]+)/([^/]+)/([^/]+)", uris[0])
+        if match is None or match[2] not in set(Role):
+            raise CertificateError(f"{uris[0]!r} does not name a role of a federation")
+        peer = cls(match[1], Role(match[2]), match[3], certificate.serial_number)
+        if certificate.subject != subject(peer.federation, peer.role, peer.name):
+            raise CertificateError(f"the subject and {uris[0]!r} name different holders")
+        return peer
+
+    @classmethod
+    def of_der(cls, der: bytes) -> Self:
+        """Read the holder of a DER-encoded certificate."""
+        return cls.of(x509.load_der_x509_certificate(der))
+
+
+def spiffe_id(federation: str, role: Role, name: str) -> str:
+    """Return the SPIFFE ID of a holder."""
+    return f"spiffe://{federation}/{role}/{name}"
+
+
+def subject(federation: str, role: Role, name: str) -> x509.Name:
+    """Return the subject of a holder's certificate."""
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )

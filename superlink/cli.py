@@ -1,0 +1,109 @@
+"""``vlafleet superlink``, ``site``, ``run`` and ``flwr``: the federation operator's commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certs.errors import RunFailedError
+from certs.identity import Identity
+from certs.roles import Role
+
+site = typer.Typer(no_args_is_help=True, help="The federation's sites.")
+
+IdentityOption = Annotated[
+    Path,
+    typer.Option(envvar="VLAFLEET_IDENTITY", help="The identity directory to present."),
+]
+SuperLinkOption = Annotated[
+    str, typer.Option(envvar="VLAFLEET_SUPERLINK", help="The SuperLink, host:port.")
+]
+
+
+def superlink(
+    identity: IdentityOption,
+    state: Annotated[Path, typer.Option(help="Where Flower's database lies.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9092,
+) -> None:
+    """Run the SuperLink: every API over mutual TLS, guarded by role."""
+    from superlink.server import serve
+
+    serve(Identity.load(identity, Role.SUPERLINK), host, port, state)
+
+
+@site.command()
+def register(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    identity: IdentityOption,
+    superlink: SuperLinkOption,
+    key: Annotated[Path, typer.Option(help="The site's SuperNode public key (node.pub).")],
+) -> None:
+    """Register a site's SuperNode key under its name; do nothing when it is."""
+    from superlink.control import Control
+
+    with Control.connect(Identity.load(identity, Role.OPERATOR), superlink) as control:
+        typer.echo(f"{control.register(name, key)}: site {name}")
+
+
+@site.command("list")
+def list_(identity: IdentityOption, superlink: SuperLinkOption) -> None:
+    """Show the registered sites and whether they are online."""
+    from superlink.control import Control
+
+    with Control.connect(Identity.load(identity, Role.OPERATOR), superlink) as control:
+        typer.echo(f"{'SITE':<20} STATUS")
+        for node in sorted(control.nodes(), key=lambda node: node.name):
+            typer.echo(f"{node.name:<20} {node.status}")
+
+
+def run(
+    identity: IdentityOption,
+    superlink: SuperLinkOption,
+    app: Annotated[
+        Path, typer.Option(envvar="VLAFLEET_APP", help="The directory of the app's pyproject.toml.")
+    ] = Path(),
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option("--run-config", "-c", help="Overrides, 'key=value key=value'."),
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="Wait for this site; by default for every registered one."),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for the sites to come online.")
+    ] = 120.0,
+) -> None:
+    """Submit a run, follow its log, and end as it ends; Ctrl-C stops the run."""
+    from superlink.control import Control
+
+    with Control.connect(Identity.load(identity, Role.OPERATOR), superlink) as control:
+        control.wait_online(site or [], wait)
+        run_id = control.start(app, run_config or [])
+        typer.echo(f"run {run_id} started")
+        try:
+            for text in control.follow(run_id):
+                typer.echo(text, nl=False)
+        except KeyboardInterrupt:
+            control.stop(run_id)
+            typer.echo(f"run {run_id} stopped")
+            raise
+        status = control.status(run_id)
+        if status.sub_status != "completed":
+            raise RunFailedError(
+                f"run {run_id} {status.sub_status or status.status}: "
+                f"{status.details or 'the log above says why'}"
+            )
+        typer.echo(f"run {run_id} completed")
+
+
+def flwr(
+    context: typer.Context,
+    identity: IdentityOption,
+    superlink: SuperLinkOption,
+) -> None:
+    """Run the stock flwr command with an operator's certificate: flwr run, ls, log, stop, supernode ..."""
+    from superlink.control import flwr as stock
+
+    stock(Identity.load(identity, Role.OPERATOR), superlink, context.args)

@@ -1,0 +1,67 @@
+"""What the SuperLink tells Prometheus: sites, runs and certificate expiry, read at scrape time."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from certs.identity import Identity
+
+if TYPE_CHECKING:
+    from flwr.server.superlink.linkstate import LinkStateFactory
+
+# Flower reports a node online until twice its heartbeat interval after the last heartbeat
+# (flwr.common.constant.HEARTBEAT_PATIENCE).
+_HEARTBEAT_PATIENCE = 2
+
+
+class FleetCollector(Collector):
+    """A collector over Flower's LinkState; labels are bounded by the registered sites."""
+
+    def __init__(self, factory: "LinkStateFactory", identity: Identity) -> None:
+        self._factory = factory
+        self._identity = identity
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Return nothing, so that registering does not read the database."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the current values."""
+        state = self._factory.state()
+        online = GaugeMetricFamily(
+            "vlafleet_site_online",
+            "Whether the site's SuperNode is online (1) or not (0).",
+            labels=["site"],
+        )
+        heartbeat = GaugeMetricFamily(
+            "vlafleet_site_last_heartbeat_timestamp_seconds",
+            "When the site's SuperNode was last heard of.",
+            labels=["site"],
+        )
+        for node in state.get_node_info():
+            if node.status == "unregistered":
+                continue
+            online.add_metric([node.name], float(node.status == "online"))
+            if node.online_until:
+                interval = node.heartbeat_interval
+                heartbeat.add_metric(
+                    [node.name], node.online_until - _HEARTBEAT_PATIENCE * interval
+                )
+        yield online
+        yield heartbeat
+        runs = GaugeMetricFamily(
+            "vlafleet_runs", "Runs known to the SuperLink, by status.", labels=["status"]
+        )
+        for status, number in Counter(run.status.status for run in state.get_run_info()).items():
+            runs.add_metric([status], number)
+        yield runs
+        expiry = GaugeMetricFamily(
+            "vlafleet_certificate_expiry_timestamp_seconds",
+            "When the certificate this process presents expires.",
+            labels=["role"],
+        )
+        expiry.add_metric([self._identity.peer.role], self._identity.not_after.timestamp())
+        yield expiry

@@ -1,0 +1,93 @@
+"""The SuperNode process: Flower's own worker, its Runtime API behind mutual TLS and the role guard."""
+
+import logging
+import os
+import threading
+import time
+from typing import NoReturn
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from certs.contact import recorder
+from certs.errors import CertificateError
+from certs.files import read
+from certs.flower import install_client, quiet
+from certs.guard import Guard, allow
+from certs.identity import Identity
+from certs.roles import Role
+from certs.server import bind, mutual_tls_server
+
+_log = logging.getLogger("vlafleet.supernode")
+
+# The Runtime API is up in well under a second; this bounds a wait that must not hang a start.
+_START_SECONDS = 30.0
+
+
+def serve(
+    identity: Identity, superlink: str, host: str, port: int, node_config: dict[str, str]
+) -> NoReturn:
+    """Run the SuperNode until SIGTERM or SIGINT.
+
+    ``superlink`` is ``host:port``. ``node_config`` is what the site's ClientApp reads (site, dataset, device).
+    """
+    key = _node_key(identity)
+    listener = bind(host, port)
+    quiet()
+    install_client(identity, recorder(identity.peer))
+    from flwr.common.constant import ISOLATION_MODE_PROCESS
+    from flwr.supercore.exit import add_exit_handler
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.main import create_app
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.start_client_internal import start_client_internal
+
+    factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
+    app = create_app(state_factory=factory)
+    own_superexec = allow(
+        lambda peer: peer.role is Role.SUPEREXEC and peer.name == identity.peer.name
+    )
+    guard = Guard({"/v1/runtime/": (own_superexec, app)}, app, None)
+    server = mutual_tls_server(guard, identity, None)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listener]}, name="runtime-api", daemon=True
+    )
+    thread.start()
+    deadline = time.monotonic() + _START_SECONDS
+    while not server.started and thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    add_exit_handler(lambda: setattr(server, "should_exit", True))
+    _log.info("SuperNode of %s: Runtime API on %s port %d", identity.peer.name, host, port)
+    code = 1
+    try:
+        start_client_internal(
+            state_factory=factory,
+            server_address=superlink,
+            node_config=dict(node_config),
+            root_certificates=str(identity.authority),
+            insecure=False,
+            authentication_keys=(key, key.public_key()),
+            isolation=ISOLATION_MODE_PROCESS,
+            runtime_api_address=f"{host}:{port}",
+        )
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        # Flower's worker swallows what ends its loop and leaves threads behind: a SuperNode that does no work must not
+        # look alive. Its restart policy starts a fresh one.
+        logging.shutdown()
+        os._exit(code)
+
+
+def _node_key(identity: Identity) -> ec.EllipticCurvePrivateKey:
+    data = read(identity.node_key, "SuperNode key")
+    try:
+        key = load_ssh_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"the SuperNode key {identity.node_key} is not an unencrypted OpenSSH key"
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"the SuperNode key {identity.node_key} is not an ECDSA key")
+    return key
