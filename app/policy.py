@@ -1,0 +1,302 @@
+"""SmolVLA as the federation uses it: found without the hub, loaded strictly, trained in float32, sent by name.
+
+Nothing here imports torch or lerobot before :func:`load_policy`: the ServerApp reads names and hashes from the file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.tiny_base import ensure_tiny_base
+from certs.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+# Dataset camera -> policy camera. A site without a side camera gives the policy a shorter prefix.
+CAMERAS = {
+    "observation.images.top": "observation.images.camera1",
+    "observation.images.wrist": "observation.images.camera2",
+    "observation.images.side": "observation.images.camera3",
+}
+# Shoulder pan, shoulder lift, elbow flex, wrist flex, wrist roll, gripper.
+JOINTS = 6
+
+# With train_expert_only, lerobot freezes the whole VLM and trains everything else: 155 of SmolVLA's 500 tensors.
+_FROZEN_PREFIX = "model.vlm_with_expert.vlm."
+_WEIGHTS = "model.safetensors"
+# What SmolVLA reads from its VLM when the weights come from the policy's own file: configuration, tokenizer, processor.
+_VLM_FILES = ["*.json", "*.txt", "*.jinja"]
+# What a policy repository holds that loading needs; checkpoints of the optimiser and videos stay on the hub.
+_POLICY_FILES = ["*.json", "*.safetensors"]
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_READ = 1 << 22  # bytes hashed at a time: 4 MiB keep the disk busy and memory flat
+
+type Processors = tuple[Any, Any]
+"""lerobot's pre- and post-processor pipelines."""
+
+
+def resolve_model(name: str, models: Path) -> Path:
+    """The directory of a model: ``tiny``, a directory, ``owner/name`` (hub cache) or ``hf:owner/name`` (hub).
+
+    Only ``hf:`` may use the network; it fetches what is missing and then also the VLM's configuration.
+    Raises ModelError when the model is not there or is not SmolVLA.
+    """
+    if name == "tiny":
+        return ensure_tiny_base(models)
+    repository = name.removeprefix("hf:")
+    if Path(name).is_dir():
+        base = Path(name)
+    elif _REPOSITORY.fullmatch(repository):
+        base = _snapshot(repository, _POLICY_FILES, online=name.startswith("hf:"))
+    else:
+        raise ModelError(
+            f"model {name!r} is neither 'tiny', a directory on this machine, 'owner/name' in the hub cache "
+            "nor 'hf:owner/name'."
+        )
+    _check(base)
+    _vlm(base, online=name.startswith("hf:"))
+    return base
+
+
+def trainable_names(base: Path) -> list[str]:
+    """The names of the tensors that cross the wire, sorted."""
+    return sorted(name for name in _header(base) if not name.startswith(_FROZEN_PREFIX))
+
+
+def frozen_hash(base: Path) -> str:
+    """sha256 over the frozen tensors (name, dtype, shape, bytes): sites that differ here train different models."""
+    header = _header(base)
+    digest = hashlib.sha256()
+    with (base / _WEIGHTS).open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name in sorted(header):
+            if name.startswith(_FROZEN_PREFIX):
+                entry = header[name]
+                first, last = entry["data_offsets"]
+                digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                file.seek(start + first)
+                for block in _blocks(file, last - first):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def load_policy(base: Path, device: str) -> "SmolVLAPolicy":
+    """SmolVLA from ``base``, strictly and without the hub: float32 masters to train, the VLM frozen.
+
+    Raises ModelError when the file does not hold exactly this model's tensors.
+    """
+    import contextlib
+    import io
+
+    import torch
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.smolvla import configuration_smolvla  # noqa: F401 (registers "smolvla")
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    _check(base)
+    config = PreTrainedConfig.from_pretrained(
+        base,
+        cli_overrides=[
+            # The policy's file holds the VLM's weights: loading them from the VLM too would only be overwritten.
+            "--load_vlm_weights=false",
+            f"--vlm_model_name={_vlm(base, online=False)}",
+            # Fixed by the wire format: the VLM stays at home, all the rest travels.
+            "--train_expert_only=true",
+            "--freeze_vision_encoder=true",
+            "--train_state_proj=true",
+            f"--device={device}",
+        ],
+    )
+    try:
+        # lerobot prints what it loads; the caller's output is not lerobot's.
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy = SmolVLAPolicy.from_pretrained(base, config=config, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{base / _WEIGHTS} does not hold the tensors its config.json describes "
+            f"({str(error).splitlines()[0]}): fetch or export the model again."
+        ) from error
+    # AdamW on bfloat16 weights loses most updates: float32 masters.
+    frozen = _frozen_dtype(device)
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    return policy
+
+
+def trainable_tensors(policy: "SmolVLAPolicy") -> "dict[str, torch.Tensor]":
+    """The live trainable parameters by name, sorted by name."""
+    return {
+        name: parameter
+        for name, parameter in sorted(policy.named_parameters(), key=lambda item: item[0])
+        if parameter.requires_grad
+    }
+
+
+def load_processors(
+    base: Path, policy: "SmolVLAPolicy", normalisation: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> Processors:
+    """The base's own pre- and post-processor with the run's pooled mean and std put in."""
+    import torch
+    from lerobot.policies.factory import make_pre_post_processors
+
+    statistics = {
+        key: {
+            name: torch.from_numpy(np.asarray(values, np.float32))
+            for name, values in moments.items()
+        }
+        for key, moments in normalisation.items()
+    }
+    config = policy.config
+    mapping = config.normalization_mapping
+    pre, post = make_pre_post_processors(
+        config,
+        pretrained_path=str(base),
+        preprocessor_overrides={
+            "rename_observations_processor": {"rename_map": CAMERAS},
+            # The name baked into the file is the hub's.
+            "tokenizer_processor": {"tokenizer_name": config.vlm_model_name},
+            "device_processor": {"device": config.device},
+            "normalizer_processor": {
+                "features": {**config.input_features, **config.output_features},
+                "norm_map": mapping,
+                "stats": statistics,
+            },
+        },
+        postprocessor_overrides={
+            "unnormalizer_processor": {
+                "features": config.output_features,
+                "norm_map": mapping,
+                "stats": statistics,
+            },
+        },
+    )
+    return pre, post
+
+
+def _frozen_dtype(device: str) -> "torch.dtype":
+    """The stored bfloat16 values, computed with in bfloat16 on a GPU and in float32 on a CPU.
+
+    Measured on the tiny model: without bfloat16 instructions a CPU's forward pass takes 2.3 times as long in bfloat16,
+    with them 1.2 times; and its loss is 0.8 % off, where float32 agrees to 2e-7 between CPUs and batch sizes.
+    """
+    import torch
+
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _snapshot(repository: str, patterns: list[str], *, online: bool) -> Path:
+    """The cached snapshot of a hub repository; ``online`` first fetches what is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            snapshot_download(repository, allow_patterns=patterns, local_files_only=not online)
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if online:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"model 'hf:{repository}' could not be fetched from the hub ({reason}): "
+                "check the name, the network, and HF_TOKEN if it is private."
+            ) from error
+        raise ModelError(
+            f"model {repository!r} is neither a directory nor in this machine's hub cache: "
+            f"give its path, or 'hf:{repository}' to fetch it."
+        ) from error
+
+
+def _vlm(base: Path, *, online: bool) -> Path:
+    """The directory with the VLM's configuration and processor: beside the base, as config.json says, or cached."""
+    beside = base.parent / "vlm"
+    if (beside / "config.json").is_file():
+        return beside.resolve()
+    name = str(_config(base).get("vlm_model_name"))
+    if Path(name).is_dir():
+        return Path(name)
+    if not _REPOSITORY.fullmatch(name):
+        raise ModelError(
+            f"{base / 'config.json'} names the VLM {name!r}, which is not on this machine: "
+            f"put its configuration and tokenizer into {beside}."
+        )
+    return _snapshot(name, _VLM_FILES, online=online)
+
+
+def _check(base: Path) -> None:
+    """Refuse what is not SmolVLA for six joints and the federation's cameras."""
+    config = _config(base)
+    if config.get("type") != "smolvla":
+        raise ModelError(
+            f"{base / 'config.json'} describes a {config.get('type')!r} policy: the federation trains 'smolvla'."
+        )
+    inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
+    for key, features in (("observation.state", inputs), ("action", outputs)):
+        shape = (features.get(key) or {}).get("shape")
+        if shape != [JOINTS]:
+            raise ModelError(
+                f"{base / 'config.json'} gives {key} the shape {shape}: the federation's arms have {JOINTS} joints."
+            )
+    missing = [camera for camera in list(CAMERAS.values())[:2] if camera not in inputs]
+    if missing:
+        raise ModelError(
+            f"{base / 'config.json'} has no {' and no '.join(missing)}: "
+            "the federation feeds the top camera to camera1 and the wrist camera to camera2."
+        )
+    _header(base)
+
+
+def _config(base: Path) -> dict[str, Any]:
+    path = base / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{base} holds no config.json: give the directory of a saved SmolVLA policy."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}): fetch or export the model again."
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object: fetch or export the model again.")
+    return config
+
+
+def _header(base: Path) -> dict[str, Any]:
+    """Names, dtypes, shapes and offsets from the safetensors header (8 bytes of length, then JSON)."""
+    path = base / _WEIGHTS
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # The format caps the header at 100 MB; a larger number means that this is another kind of file.
+            header = json.loads(file.read(length)) if length <= 100_000_000 else None
+        if not isinstance(header, dict):
+            raise ValueError("no safetensors header")
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError("the file is cut short")
+    except FileNotFoundError:
+        raise ModelError(f"{base} holds no {_WEIGHTS}: fetch or export the model again.") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{path} is not a complete safetensors file ({error}): fetch or export the model again."
+        ) from error
+    return header
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size > 0:
+        block = file.read(min(_READ, size))
+        if not block:
+            return
+        size -= len(block)
+        yield block
