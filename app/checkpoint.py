@@ -1,0 +1,154 @@
+"""A committed round on disk: a complete SmolVLA policy directory, written in one atomic step.
+
+``SmolVLAPolicy.from_pretrained(path, strict=True)`` and ``lerobot-eval`` open it like any policy:
+the base's configuration, all tensors with the round's trainable ones put in as float32, and the
+base's processors with the run's pooled statistics and the federation's camera names.
+
+The VLM's configuration and tokenizer are not copied. A hub name stays as the base has it; where
+they lie on this machine (the tiny base), the checkpoint names their absolute path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app import tensorfile
+from app.payload import Tensors
+from app.policy import CAMERAS
+from certs.errors import ModelError
+
+SCHEMA = 1
+WEIGHTS = "model.safetensors"
+FEDERATION = "federation.json"
+LATEST = "latest"
+_PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
+_NORMALISERS = ("normalizer_processor", "unnormalizer_processor")
+
+
+def write_checkpoint(
+    checkpoints: Path,
+    number: int,
+    *,
+    base: Path,
+    tensors: Tensors,
+    normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
+    federation: Mapping[str, Any],
+) -> Path:
+    """Write ``checkpoints/round-NNNN`` and point ``checkpoints/latest`` at it; returns its path.
+
+    ``federation`` (round, hash of the model, base, participants) goes into ``federation.json``. A
+    crash at any moment leaves either the whole directory or none.
+    """
+    target = checkpoints / f"round-{number:04d}"
+    work = checkpoints / f".round-{number:04d}.tmp"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    # Left by a process that died while it wrote.
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        vlm = base.parent / "vlm"
+        beside = str(vlm.resolve()) if (vlm / "config.json").is_file() else None
+        config = _json(base / "config.json")
+        if beside:
+            config["vlm_model_name"] = beside
+        write_json(work / "config.json", config)
+        for name in _PROCESSORS:
+            _processor(base, work, name, normalisation, beside)
+        tensorfile.write(work / WEIGHTS, tensors, base=base / WEIGHTS)
+        write_json(work / FEDERATION, {"schema": SCHEMA, **federation})
+        sync(work)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sync(checkpoints)
+    point(checkpoints / LATEST, target.name)
+    return target
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace ``path`` with ``content`` as JSON, atomically and on disk."""
+    work = path.with_name(f".{path.name}.tmp")
+    with work.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    work.rename(path)
+    sync(path.parent)
+
+
+def point(link: Path, name: str) -> None:
+    """Make the symbolic link ``link`` lead to its sibling ``name``, atomically."""
+    work = link.with_name(f".{link.name}.tmp")
+    work.unlink(missing_ok=True)
+    work.symlink_to(name)
+    work.rename(link)
+    sync(link.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make the entries of ``folder`` durable: fsync of a file does not cover its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _processor(
+    base: Path,
+    work: Path,
+    name: str,
+    normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
+    vlm: str | None,
+) -> None:
+    pipeline = _json(base / f"{name}.json")
+    statistics: Tensors = {
+        f"{feature}.{kind}": np.asarray(values, np.float32)
+        for feature, kinds in normalisation.items()
+        for kind, values in kinds.items()
+    }
+    try:
+        for index, step in enumerate(pipeline["steps"]):
+            kind, settings = step["registry_name"], step.setdefault("config", {})
+            if kind == "rename_observations_processor":
+                settings["rename_map"] = CAMERAS
+            elif kind == "tokenizer_processor" and vlm:
+                settings["tokenizer_name"] = vlm
+            elif kind in _NORMALISERS:
+                state = step.get("state_file")
+                source = base / state if state else None
+                step["state_file"] = state or f"{name}_step_{index}_{kind}.safetensors"
+                # The base's other statistics of these features (min, max) are not this run's.
+                stale = [
+                    key
+                    for key in (tensorfile.entries(source)[0] if source else {})
+                    if key.rsplit(".", 1)[0] in normalisation
+                ]
+                tensorfile.write(work / step["state_file"], statistics, base=source, drop=stale)
+            elif "state_file" in step:
+                shutil.copyfile(base / step["state_file"], work / step["state_file"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{base / name}.json is not a processor pipeline ({type(error).__name__}: {error}): "
+            "fetch or export the model again."
+        ) from error
+    write_json(work / f"{name}.json", pipeline)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}): fetch or export the model again."
+        ) from error
+    return content

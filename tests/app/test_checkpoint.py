@@ -1,0 +1,185 @@
+"""A checkpoint is a whole policy that lerobot opens, or it is not there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app import checkpoint, tensorfile
+from app.checkpoint import write_checkpoint
+from app.payload import Tensors, canonical_hash
+from app.policy import CAMERAS, frozen_hash, resolve_model, trainable_names
+from certs.errors import ModelError
+
+NORMALISATION = {
+    "observation.state": {
+        "mean": np.arange(6, dtype=np.float64),
+        "std": np.full(6, 2.0),
+    },
+    "action": {"mean": np.full(6, -10.0), "std": np.full(6, 3.0)},
+}
+
+
+def trained(base: Path) -> Tensors:
+    tensors = tensorfile.read(base / "model.safetensors", trainable_names(base))
+    return {name: array + np.float32(0.125) for name, array in tensors.items()}
+
+
+def write(checkpoints: Path, base: Path, number: int = 3) -> Path:
+    return write_checkpoint(
+        checkpoints,
+        number,
+        base=base,
+        tensors=trained(base),
+        normalisation=NORMALISATION,
+        federation={"round": number, "model": "abc"},
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("run") / "checkpoints", tiny_base)
+
+
+def test_lerobot_opens_it_strictly_and_predicts_with_its_own_processors(
+    written: Path, tiny_base: Path
+) -> None:
+    import torch
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    policy = SmolVLAPolicy.from_pretrained(written, strict=True)
+    for name, array in trained(tiny_base).items():
+        loaded = policy.get_parameter(name).detach()
+        assert torch.equal(loaded, torch.from_numpy(array).to(loaded.dtype)), name
+    pre, post = make_pre_post_processors(policy.config, pretrained_path=str(written))
+    batch = {
+        "observation.state": torch.zeros(6),
+        "task": "Pick up the cube.",
+        **{camera: torch.rand(3, 96, 128) for camera in list(CAMERAS)[:2]},
+    }
+    prepared = pre(batch)
+    # (0 - mean) / std, with the run's pooled numbers.
+    expected = -torch.arange(6, dtype=torch.float32) / 2
+    torch.testing.assert_close(prepared["observation.state"][0], expected)
+    chunk = policy.predict_action_chunk(prepared)
+    assert chunk.shape == (1, policy.config.chunk_size, 6)
+    actions = post(chunk)
+    torch.testing.assert_close(actions, chunk * 3 - 10)
+    assert torch.isfinite(actions).all()
+
+
+def test_it_is_a_base_for_another_run(written: Path, tiny_base: Path, models: Path) -> None:
+    base = resolve_model(str(written), models)
+    assert frozen_hash(base) == frozen_hash(tiny_base)
+    tensors = tensorfile.read(base / "model.safetensors", trainable_names(base))
+    assert canonical_hash(tensors) == canonical_hash(trained(tiny_base))
+
+
+def test_it_says_where_it_comes_from(written: Path) -> None:
+    assert json.loads((written / "federation.json").read_text()) == {
+        "schema": 1,
+        "round": 3,
+        "model": "abc",
+    }
+    assert (written.parent / "latest").resolve() == written.resolve()
+
+
+def test_statistics_of_the_base_that_are_not_the_runs_do_not_stay(
+    tiny_base: Path, tmp_path: Path, models: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "tiny" / "base"
+    shutil.copytree(tiny_base, base)
+    (state,) = base.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    foreign: Tensors = {
+        "action.max": np.ones(6, np.float32),
+        "observation.images.camera1.mean": np.ones(3, np.float32),
+    }
+    tensorfile.write(state, foreign)
+    found, _ = tensorfile.entries(write(tmp_path / "checkpoints", base) / state.name)
+    assert sorted(found) == [
+        "action.mean",
+        "action.std",
+        "observation.images.camera1.mean",
+        "observation.state.mean",
+        "observation.state.std",
+    ]
+
+
+def test_latest_follows_the_rounds(tiny_base: Path, tmp_path: Path) -> None:
+    for number in (0, 1):
+        path = write(tmp_path, tiny_base, number)
+        assert path.name == f"round-{number:04d}"
+        assert os.readlink(tmp_path / "latest") == path.name
+
+
+def test_a_write_that_dies_leaves_the_last_round_in_place(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write(tmp_path, tiny_base, 1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path, tiny_base, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "round-0001"]
+    assert (tmp_path / "latest").resolve() == first.resolve()
+    # What a killed process leaves behind is cleared by the next write.
+    (tmp_path / ".round-0002.tmp").mkdir()
+    (tmp_path / ".round-0002.tmp" / "half").write_text("")
+    assert write(tmp_path, tiny_base, 2).is_dir()
+    assert not (tmp_path / ".round-0002.tmp").exists()
+
+
+def test_everything_is_on_disk_before_it_has_its_name(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def recording_fsync(handle: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def recording_rename(path: Path, target: Path) -> Path:
+        if path.is_dir() and not path.is_symlink():
+            names = {str(path)} | {str(file) for file in path.iterdir()}
+            # JSON files are synced under the name they are written to.
+            names = {n if not n.endswith(".json") else f"{path}/.{Path(n).name}.tmp" for n in names}
+            assert names <= synced
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    write(tmp_path, tiny_base)
+    assert str(tmp_path) in synced
+
+
+def test_a_broken_processor_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "policy_preprocessor.json").write_text('{"steps": [3]}')
+    with pytest.raises(ModelError, match=r"policy_preprocessor\.json is not a processor"):
+        write(tmp_path / "checkpoints", base)
+    (base / "policy_preprocessor.json").unlink()
+    with pytest.raises(ModelError, match=r"policy_preprocessor\.json cannot be read"):
+        write(tmp_path / "checkpoints", base)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    checkpoint.write_json(path, {"a": 1})
+    checkpoint.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
