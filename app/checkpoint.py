@@ -11,7 +11,6 @@ they lie on this machine (the tiny base), the checkpoint names their absolute pa
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from app import tensorfile
+from app.durable import point, sync, write_json
 from app.payload import Tensors
 from app.policy import CAMERAS
 from certs.errors import ModelError
@@ -71,36 +71,6 @@ def write_checkpoint(
     sync(checkpoints)
     point(checkpoints / LATEST, target.name)
     return target
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace ``path`` with ``content`` as JSON, atomically and on disk."""
-    work = path.with_name(f".{path.name}.tmp")
-    with work.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    work.rename(path)
-    sync(path.parent)
-
-
-def point(link: Path, name: str) -> None:
-    """Make the symbolic link ``link`` lead to its sibling ``name``, atomically."""
-    work = link.with_name(f".{link.name}.tmp")
-    work.unlink(missing_ok=True)
-    work.symlink_to(name)
-    work.rename(link)
-    sync(link.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make the entries of ``folder`` durable: fsync of a file does not cover its name."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _processor(

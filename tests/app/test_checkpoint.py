@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app import checkpoint, tensorfile
+from app import tensorfile
 from app.checkpoint import write_checkpoint
 from app.payload import Tensors, canonical_hash
 from app.policy import CAMERAS, frozen_hash, resolve_model, trainable_names
@@ -175,11 +175,3 @@ def test_a_broken_processor_is_named(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"policy_preprocessor\.json cannot be read"):
         write(tmp_path / "checkpoints", base)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    checkpoint.write_json(path, {"a": 1})
-    checkpoint.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2}
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
