@@ -26,6 +26,7 @@ cli.add_typer(certs.cli.cli, name="certs")
 cli.command()(superlink.cli.superlink)
 cli.add_typer(superlink.cli.site, name="site")
 cli.command()(superlink.cli.run)
+cli.command()(superlink.cli.demo)
 cli.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
@@ -73,7 +74,8 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # Flower has a handler of its own
     try:
-        cli(standalone_mode=False)
+        # Without standalone mode typer hands back the code of a command that asked to exit.
+        code = cli(standalone_mode=False)
     except FleetError as error:
         print(f"vlafleet: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -83,6 +85,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("vlafleet: interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from pathlib import Path
 
 from certs.contact import recorder
 from certs.errors import FleetError
-from certs.flower import install_bundle_check, install_client, install_commands, quiet
+from certs.flower import (
+    CLIENTAPP_TASK,
+    SERVERAPP_TASK,
+    install_bundle_check,
+    install_client,
+    install_commands,
+    quiet,
+)
 from certs.identity import Identity
 from certs.roles import Role
 
@@ -51,20 +58,18 @@ def serve(identity: Identity, address: str) -> None:
 def serverapp() -> None:
     """Run one ServerApp task (started by SuperExec)."""
     _prepare_task()
+    install_bundle_check(SERVERAPP_TASK)
     from flwr.superlink.cli import flwr_serverapp
-    from flwr.superlink.runtime import run_serverapp
 
-    install_bundle_check(sys.modules[run_serverapp.__module__])
     flwr_serverapp()
 
 
 def clientapp() -> None:
     """Run one ClientApp task (started by SuperExec)."""
     _prepare_task()
+    install_bundle_check(CLIENTAPP_TASK)
     from flwr.supernode.cli import flwr_clientapp
-    from flwr.supernode.runtime import run_clientapp
 
-    install_bundle_check(sys.modules[run_clientapp.__module__])
     flwr_clientapp()
 
 

@@ -251,6 +251,8 @@ class Authority:
             .issuer_name(self.certificate.subject)
             .last_update(now)
             .next_update(now + CRL_LIFETIME)
+            # Tells the newer of two lists (RFC 5280, 5.2.3); dates alone have whole seconds.
+            .add_extension(x509.CRLNumber(int(now.timestamp() * 1_000_000)), critical=False)
         )
         for line in issued:
             if line.revoked_at is not None:

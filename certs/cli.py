@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 
 from certs.authority import Authority
-from certs.errors import CertificateError
 from certs.files import load_certificate
 from certs.identity import (
     authority_directory,
+    ensure_federation,
     ensure_identity,
     identity_directory,
     publish_crl,
 )
-from certs.roles import SUPERLINK_NAME, Peer, Role
+from certs.roles import Peer, Role
 
 cli = typer.Typer(no_args_is_help=True, help="The federation's authority and identities.")
 
@@ -96,21 +96,5 @@ def demo(
     host: Hosts = None,
 ) -> None:
     """Make every identity of a federation on one machine: 'init' and all of 'issue' in one step."""
-    authority = Authority.init(authority_directory(pki), federation)
-    # A federation whose members never change would otherwise let its list go stale.
-    authority.renew_crl()
-    hosts = ["localhost", "127.0.0.1", *(host or [])]
-    holders: list[tuple[Role, str, list[str]]] = [
-        (Role.SUPERLINK, SUPERLINK_NAME, [*hosts, SUPERLINK_NAME]),
-        (Role.SUPEREXEC, SUPERLINK_NAME, []),
-        (Role.OPERATOR, "admin", []),
-        (Role.MONITOR, "prometheus", []),
-    ]
-    for name in site:
-        if name == SUPERLINK_NAME:
-            raise CertificateError(f"a site cannot be named {name!r}; choose another name")
-        holders += [(Role.SITE, name, [*hosts, name]), (Role.SUPEREXEC, name, [])]
-    for role, name, names in holders:
-        directory = identity_directory(pki, role, name)
-        outcome = ensure_identity(authority, directory, role, name, names)
-        typer.echo(f"{outcome}: {role} {name} in {directory}")
+    for outcome, directory in ensure_federation(pki, federation, site, host or []):
+        typer.echo(f"{outcome}: {directory}")

@@ -4,6 +4,7 @@ Flower 1.41 has no client certificates and starts its task processes by name. Th
 (``tests/certs/test_flower.py``) names the one that changed when Flower changes underneath.
 """
 
+import importlib
 import inspect
 import io
 import os
@@ -28,14 +29,23 @@ ENVIRONMENT = {
 # The components every bundle names; the code behind them is the installed one.
 COMPONENTS = {"serverapp": "app.server_app:app", "clientapp": "app.client_app:app"}
 
+# The modules of the task processes.
+SERVERAPP_TASK = "flwr.superlink.runtime.run_serverapp"
+CLIENTAPP_TASK = "flwr.supernode.runtime.run_clientapp"
+
 
 class HookError(RuntimeError):
     """Flower changed where this project hooks into it."""
 
 
 def quiet() -> None:
-    """Switch off Flower's telemetry, update check and runtime dependency installation, for children too."""
+    """Switch off Flower's telemetry, update check and runtime dependency installation, for children too.
+
+    Flower keeps bundles and settings in ``FLWR_HOME``; unless set, that is a folder of this project's own.
+    """
     os.environ.update(ENVIRONMENT)
+    home = os.environ.get("VLAFLEET_HOME") or Path.home() / ".cache" / "vlafleet"
+    os.environ.setdefault("FLWR_HOME", str(Path(home) / "flwr"))
 
 
 def install_client(
@@ -105,12 +115,13 @@ def check_command_hook(constant: Any, subprocess_executor: Any) -> None:
         )
 
 
-def install_bundle_check(module: Any) -> None:
+def install_bundle_check(task: str) -> None:
     """Refuse a Flower App Bundle that carries code, in a task process.
 
-    Hook: the name ``install_from_fab`` in ``flwr.superlink.runtime.run_serverapp`` and
-    ``flwr.supernode.runtime.run_clientapp``, called with the bundle's bytes before anything is loaded.
+    Hook: the name ``install_from_fab`` in the modules ``SERVERAPP_TASK`` and ``CLIENTAPP_TASK``, called with the
+    bundle's bytes before anything is loaded.
     """
+    module: Any = importlib.import_module(task)
     check_bundle_hook(module)
     original = module.install_from_fab
 

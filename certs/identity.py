@@ -4,7 +4,7 @@
 (``node.key``, ``node.pub``, OpenSSH, the key Flower's SuperNode authentication knows the site by).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from certs.files import (
     read,
     write_atomic,
 )
-from certs.roles import Peer, Role
+from certs.roles import SUPERLINK_NAME, Peer, Role
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,35 @@ def ensure_identity(
     return "issued"
 
 
+def ensure_federation(
+    pki: Path, federation: str, sites: Sequence[str], hosts: Sequence[str] = ()
+) -> Iterator[tuple[Literal["issued", "kept"], Path]]:
+    """Ensure the authority and every identity of a federation on one machine; yield each outcome.
+
+    Its servers answer at localhost, at ``hosts`` and, for containers, at their own names.
+    """
+    if SUPERLINK_NAME in sites:
+        raise CertificateError(f"a site cannot be named {SUPERLINK_NAME!r}; choose another name")
+    authority = Authority.init(authority_directory(pki), federation)
+    # A federation whose members never change would otherwise let its list go stale.
+    authority.renew_crl()
+    local = ["localhost", "127.0.0.1", *hosts]
+    holders: list[tuple[Role, str, list[str]]] = [
+        (Role.SUPERLINK, SUPERLINK_NAME, [*local, SUPERLINK_NAME]),
+        (Role.SUPEREXEC, SUPERLINK_NAME, []),
+        (Role.OPERATOR, "admin", []),
+        (Role.MONITOR, "prometheus", []),
+    ]
+    for site in sites:
+        holders += [(Role.SITE, site, [*local, site]), (Role.SUPEREXEC, site, [])]
+    for role, name, names in holders:
+        directory = identity_directory(pki, role, name)
+        yield ensure_identity(authority, directory, role, name, names), directory
+
+
 def publish_crl(pki: Path, authority: Authority) -> None:
     """Hand the current revocation list to the SuperLink's identity in the same PKI directory."""
-    directory = identity_directory(pki, Role.SUPERLINK, "superlink")
+    directory = identity_directory(pki, Role.SUPERLINK, SUPERLINK_NAME)
     if directory.exists():
         write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
 

@@ -55,7 +55,7 @@ class Revocations:
         except CertificateError as error:
             _log.error("the last good revocation list stays in force: %s", error)
             return
-        if new.last_update_utc < self._list.last_update_utc:
+        if _number(new) < _number(self._list):
             _log.error("%s is older than the revocation list in force; not taken", self._path)
             return
         self._list, self._serials = new, _serials(new)
@@ -77,6 +77,8 @@ class Revocations:
             raise CertificateError(f"{self._path} is not a PEM revocation list") from error
         if not crl.is_signature_valid(self._authority):
             raise CertificateError(f"{self._path} was not signed by this federation's authority")
+        if not any(isinstance(extension.value, x509.CRLNumber) for extension in crl.extensions):
+            raise CertificateError(f"{self._path} has no CRL number; it is not this authority's")
         if crl.next_update_utc is not None and crl.next_update_utc < datetime.now(UTC):
             _log.warning(
                 "%s is stale since %s; run 'vlafleet certs list' on the authority's machine",
@@ -84,6 +86,10 @@ class Revocations:
                 crl.next_update_utc.isoformat(),
             )
         return crl
+
+
+def _number(crl: x509.CertificateRevocationList) -> int:
+    return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
 
 
 def _serials(crl: x509.CertificateRevocationList) -> frozenset[int]:

@@ -98,6 +98,27 @@ def run(
         typer.echo(f"run {run_id} completed")
 
 
+def demo(
+    directory: Annotated[
+        Path, typer.Option(help="Where identities, logs and Flower's state go.")
+    ] = Path(".demo"),
+    data: Annotated[Path, typer.Option(help="Where the demo data goes.")] = Path("data/demo"),
+    runs: Annotated[
+        Path, typer.Option(envvar="VLAFLEET_RUNS", help="Where the run's results go.")
+    ] = Path("runs"),
+    port: Annotated[
+        int, typer.Option(min=1, max=65000, help="The SuperLink's port; the sites use those above.")
+    ] = 9092,
+    run_config: Annotated[
+        str, typer.Option("--run-config", "-c", help="Overrides, 'key=value key=value'.")
+    ] = "",
+) -> None:
+    """Run a whole federation on this machine: two simulated sites, one run, a report."""
+    from superlink.demo import demo as run_demo
+
+    run_demo(directory, data, runs, port, run_config)
+
+
 def flwr(
     context: typer.Context,
     identity: IdentityOption,

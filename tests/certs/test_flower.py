@@ -1,0 +1,244 @@
+"""The contract with Flower: each hook fails with a sentence that names it when Flower changes underneath."""
+
+import importlib
+import io
+import types
+import zipfile
+from typing import Any
+
+import pytest
+
+from certs.errors import CertificateError, ConfigError
+from certs.flower import (
+    CLIENTAPP_TASK,
+    COMPONENTS,
+    SERVERAPP_TASK,
+    HookError,
+    check_bundle,
+    check_bundle_hook,
+    check_client_hook,
+    check_command_hook,
+    install_bundle_check,
+)
+
+
+def test_client_hook_holds() -> None:
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    check_client_hook(ProtobufClient)
+    client = ProtobufClient("https://localhost:1")
+    assert client._client.event_hooks == {"request": [], "response": []}, (
+        "the hook ProtobufClient._client is no longer an httpx.Client with event hooks"
+    )
+
+
+def test_every_flower_client_goes_through_the_hook() -> None:
+    """SuperNode, SuperExec, ServerApp, ClientApp and the flwr command connect through ``ProtobufClient``."""
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.protobuf.client import ProtobufClient
+    from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    for client in (ControlHttpClient, RuntimeHttpClient, FleetHttpClient):
+        assert issubclass(client, ProtobufClient), (
+            f"the hook ProtobufClient no longer covers {client.__name__}"
+        )
+        assert client.__init__ is ProtobufClient.__init__, (
+            f"{client.__name__} has a constructor of its own"
+        )
+
+
+def test_client_hook_names_itself() -> None:
+    class Changed:
+        def __init__(self, base_url: str) -> None:
+            self.base_url = base_url
+
+    with pytest.raises(
+        HookError, match=r"the hook ProtobufClient\.__init__\(base_url, \*, verify\) is gone"
+    ):
+        check_client_hook(Changed)
+
+
+def test_plain_http_is_refused_at_the_client(
+    identity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    from certs.flower import install_client
+    from certs.roles import Role
+
+    monkeypatch.setattr(ProtobufClient, "__init__", ProtobufClient.__init__)
+    install_client(identity(Role.OPERATOR, "admin"))
+    with pytest.raises(CertificateError, match="is not https"):
+        ProtobufClient("http://localhost:1")
+
+
+def test_command_hook_holds() -> None:
+    from flwr.supercore import constant
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    check_command_hook(constant, subprocess_executor)
+
+
+@pytest.mark.parametrize("change", ["gone", "copied", "renamed"])
+def test_command_hook_names_itself(change: str) -> None:
+    types_ = types.SimpleNamespace(SERVER_APP="s", CLIENT_APP="c")
+    table = {"s": "flwr-serverapp", "c": "flwr-clientapp"}
+    constant = types.SimpleNamespace(TaskType=types_, TASK_TYPE_TO_COMMAND=table)
+    executor = types.SimpleNamespace(TASK_TYPE_TO_COMMAND=table)
+    check_command_hook(constant, executor)
+    if change == "gone":
+        del constant.TASK_TYPE_TO_COMMAND
+    elif change == "copied":
+        executor.TASK_TYPE_TO_COMMAND = dict(table)
+    else:
+        del table["c"]
+    with pytest.raises(HookError, match="the hook TASK_TYPE_TO_COMMAND is gone"):
+        check_command_hook(constant, executor)
+
+
+def test_bundle_hook_holds() -> None:
+    for task in (SERVERAPP_TASK, CLIENTAPP_TASK):
+        check_bundle_hook(importlib.import_module(task))
+
+
+def test_bundle_check_stands_in_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(CLIENTAPP_TASK)
+    monkeypatch.setattr(module, "install_from_fab", module.install_from_fab)
+    install_bundle_check(CLIENTAPP_TASK)
+    with pytest.raises(ConfigError, match="carries evil.py"):
+        module.install_from_fab(bundle(**{"evil.py": ""}), skip_prompt=True)
+
+
+def test_bundle_hook_names_itself() -> None:
+    module = types.ModuleType("flwr.somewhere")
+    with pytest.raises(
+        HookError, match=r"the hook install_from_fab\(fab_file\) is gone from flwr\.somewhere"
+    ):
+        check_bundle_hook(module)
+
+
+def test_superlink_composition_holds() -> None:
+    """``superlink.server`` builds Flower's start-up configuration by keyword; every field must still be there."""
+    import dataclasses
+    import inspect
+
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    fields = {field.name for field in dataclasses.fields(SuperLinkLifespanConfig)}
+    assert fields == {
+        *(
+            "host",
+            "port",
+            "database",
+            "enable_supernode_auth",
+            "isolation",
+            "authn_plugin",
+            "insecure",
+        ),
+        *(
+            "certificates",
+            "ssl_ca_certfile",
+            "ssl_certfile",
+            "ssl_keyfile",
+            "superexec_auth_secret",
+        ),
+        *("event_log_plugin", "fleet_event_log_plugin", "enable_event_log", "artifact_provider"),
+        *(
+            "control_address",
+            "health_server_address",
+            "fleet_api_type",
+            "fleet_api_address",
+            "simulation",
+        ),
+        "runtime_dependency_install",
+    }, (
+        "the hook SuperLinkLifespanConfig changed: superlink/server.py must set every field knowingly"
+    )
+    assert list(inspect.signature(create_app).parameters) == [
+        "config",
+        "superlink_lifespan_class",
+    ], "the hook flwr.superlink.main.create_app changed"
+
+
+def test_supernode_composition_holds() -> None:
+    """``supernode.node`` starts Flower's worker and Runtime API by keyword."""
+    import inspect
+
+    from flwr.supernode.main import create_app
+    from flwr.supernode.start_client_internal import start_client_internal
+
+    used = {"state_factory", "server_address", "node_config", "root_certificates", "insecure"}
+    used |= {"authentication_keys", "isolation", "runtime_api_address"}
+    assert used <= set(inspect.signature(start_client_internal).parameters), (
+        "the hook start_client_internal changed: supernode/node.py cannot start the worker"
+    )
+    assert "state_factory" in inspect.signature(create_app).parameters, (
+        "the hook flwr.supernode.main.create_app changed"
+    )
+
+
+def test_guard_reads_the_header_flower_sends() -> None:
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+    from superlink.server import _PUBLIC_KEY_HEADER
+
+    assert FLEET_HTTP_PUBLIC_KEY_HEADER.encode() == _PUBLIC_KEY_HEADER, (
+        "the hook FLEET_HTTP_PUBLIC_KEY_HEADER changed: the guard would not see the SuperNode's key"
+    )
+
+
+def test_superexec_composition_holds() -> None:
+    import inspect
+
+    from flwr.supercore.superexec.run_superexec import run_superexec
+
+    used = {
+        "runtime_api_address",
+        "insecure",
+        "root_certificates_path",
+        "runtime_dependency_install",
+    }
+    assert used <= set(inspect.signature(run_superexec).parameters), (
+        "the hook run_superexec changed: app/superexec.py cannot start it"
+    )
+
+
+def bundle(**files: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in {".info/CONTENT": "", **files}.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def project(**components: str) -> str:
+    lines = "\n".join(f'{key} = "{value}"' for key, value in components.items())
+    return f"[tool.flwr.app.components]\n{lines}\n"
+
+
+def test_a_bundle_of_configuration_passes() -> None:
+    check_bundle(bundle(**{"pyproject.toml": project(**COMPONENTS)}))
+
+
+@pytest.mark.parametrize("name", ["app/server_app.py", "torch.py", "app/x.so", "sitecustomize.py"])
+def test_a_bundle_with_code_is_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"carries {name}; a site runs only the code installed there"
+    ):
+        check_bundle(bundle(**{"pyproject.toml": project(**COMPONENTS), name: "x = 1"}))
+
+
+def test_a_bundle_naming_other_code_is_refused() -> None:
+    components = {**COMPONENTS, "clientapp": "os:abort"}
+    with pytest.raises(ConfigError, match="names the components"):
+        check_bundle(bundle(**{"pyproject.toml": project(**components)}))
+
+
+def test_the_projects_own_bundle_passes() -> None:
+    from pathlib import Path
+
+    from flwr.cli.build import build_fab_from_disk
+
+    check_bundle(build_fab_from_disk(Path(__file__).parents[2]))
