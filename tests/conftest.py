@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from certs.authority import Authority
 from certs.identity import Identity, authority_directory, ensure_federation, identity_directory
 from certs.roles import Role
+from tests.federation import Running, running_superlink
 
 # Set before anything imports torch or Flower: tiny models are slower on two threads, and no test asks the hub.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", FLWR_TELEMETRY_ENABLED="0")
@@ -58,6 +59,15 @@ def free_port() -> Callable[[], int]:
                 return port
 
     return pick
+
+
+@pytest.fixture(scope="session")
+def superlink(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Running]:
+    """A running SuperLink that knows site-a and site-b, with a PKI of its own."""
+    with running_superlink(tmp_path_factory.mktemp("superlink"), free_port()) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,237 @@
+"""A whole federation on this machine as plain processes: what ``make demo`` runs.
+
+The processes are the real ones, each the ``vlafleet`` command with its own identity. They end with this one: in order
+at the end or on Ctrl-C, and by the kernel should it be killed.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import typer
+
+from certs.errors import FleetError, RunFailedError
+from certs.health import check
+from certs.identity import Identity, ensure_federation, identity_directory
+from certs.roles import SUPERLINK_NAME, Role
+from certs.server import bind
+from superlink.control import Control
+
+SITES = ("site-a", "site-b")
+# Importing Flower takes 3 s on an idle core; five processes share two cores.
+_START_SECONDS = 120.0
+# A SuperNode tells the SuperLink that it goes, the SuperLink lets open requests end.
+_STOP_SECONDS = 15.0
+# prctl(2): a child gets this signal when its parent ends, however it ends.
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass
+class Processes:
+    """The federation's processes, in the order they were started."""
+
+    logs: Path
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *arguments: str, **environment: str) -> None:
+        """Start ``vlafleet ARGUMENTS`` with its output in ``logs/NAME.log``."""
+        log = self.logs / f"{name}.log"
+        with log.open("wb") as output:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", "vlafleet", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                # A terminal's Ctrl-C reaches this process alone, which then ends the others in order.
+                start_new_session=True,
+                # Safe: no thread runs yet while processes are started.
+                preexec_fn=_end_with_parent,  # noqa: PLW1509
+            )
+
+    def check(self) -> None:
+        """Raise ``RunFailedError`` when a process has ended on its own."""
+        for name, process in self.running.items():
+            if process.poll() is not None:
+                log = self.logs / f"{name}.log"
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise RunFailedError(
+                    f"{name} ended with exit code {process.returncode}: "
+                    f"{last[0] if last else 'it said nothing'} ({log})"
+                )
+
+    def stop(self) -> None:
+        """End every process, the last started first, so that each can still tell its server that it goes."""
+        for process in reversed(self.running.values()):
+            process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in reversed(self.running.values()):
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.running.clear()
+
+
+@contextlib.contextmanager
+def federation(
+    directory: Path, datasets: dict[str, str], runs: Path, port: int
+) -> Iterator[tuple[Control, Processes]]:
+    """Run a SuperLink, its SuperExec and a SuperNode with SuperExec per site; yield when all are online.
+
+    ``directory`` keeps identities, logs and Flower's state. ``datasets`` maps a site to its dataset URI. The SuperLink
+    listens on ``port`` of loopback, the SuperNodes on the ports above.
+    """
+    ports = {SUPERLINK_NAME: port} | {site: port + 1 + i for i, site in enumerate(datasets)}
+    for number in ports.values():
+        bind("127.0.0.1", number).close()
+    pki, logs, state = directory / "pki", directory / "logs", directory / "state"
+    for _ in ensure_federation(pki, "demo", list(datasets)):
+        pass
+    # The runs of an earlier demo are kept under runs/; Flower's records of them, and of a SuperNode that was killed
+    # and may not come back for 60 s, are not.
+    shutil.rmtree(state, ignore_errors=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    address = f"localhost:{port}"
+    processes = Processes(logs)
+
+    def identity(role: Role, name: str) -> str:
+        return str(identity_directory(pki, role, name))
+
+    def superexec(name: str) -> None:
+        processes.start(
+            f"superexec-{name}",
+            *("superexec", "--identity", identity(Role.SUPEREXEC, name)),
+            *("--address", f"localhost:{ports[name]}"),
+            # Two SuperExecs that unpack the same bundle into one place would race.
+            FLWR_HOME=str(directory / "flwr" / name),
+            VLAFLEET_RUNS=str(runs),
+        )
+
+    try:
+        superlink = identity(Role.SUPERLINK, SUPERLINK_NAME)
+        processes.start(
+            "superlink",
+            *("superlink", "--identity", superlink, "--state", str(state), "--port", str(port)),
+        )
+        superexec(SUPERLINK_NAME)
+        wait_for_superlink(processes, Path(superlink), address)
+        operator = Identity.load(identity_directory(pki, Role.OPERATOR, "admin"), Role.OPERATOR)
+        with Control.connect(operator, address) as control:
+            for site, dataset in datasets.items():
+                control.register(site, Path(identity(Role.SITE, site)) / "node.pub")
+                processes.start(
+                    f"supernode-{site}",
+                    *("supernode", "--identity", identity(Role.SITE, site)),
+                    *("--superlink", address, "--port", str(ports[site]), "--dataset", dataset),
+                )
+                superexec(site)
+            control.wait_online(list(datasets), _START_SECONDS)
+            yield control, processes
+    finally:
+        processes.stop()
+
+
+def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) -> None:
+    """Make the demo data, run a federation of two sites, and print the closing table."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    bind("127.0.0.1", port).close()  # before a minute is spent on the data
+    directory.mkdir(parents=True, exist_ok=True)
+    sites = [argument for site in SITES for argument in ("--site", site)]
+    _vlafleet("data", "make", str(data), *sites)
+    datasets = {site: str((data / site).absolute()) for site in SITES}
+    typer.echo("Starting SuperLink, SuperNodes and SuperExecs ...")
+    with federation(directory, datasets, runs.absolute(), port) as (control, processes):
+        typer.echo(f"{' and '.join(SITES)} are online, over mutual TLS; logs: {processes.logs}")
+        run_id = control.start(Path(), [run_config] if run_config else [])
+        try:
+            _follow(control, processes, run_id)
+        except KeyboardInterrupt:
+            with contextlib.suppress(FleetError):
+                control.stop(run_id)
+            raise
+        status = control.status(run_id)
+    if status.sub_status != "completed":
+        raise RunFailedError(
+            f"run {run_id} {status.sub_status}: {status.details or 'no reason given'}; "
+            f"logs: {directory / 'logs'}"
+        )
+    _vlafleet("report", str(runs / str(run_id)))
+
+
+def _follow(control: Control, processes: Processes, run_id: int) -> None:
+    """Print the ServerApp's log, and between its lines how far each site's training has come."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for text in control.follow(run_id):
+                for line in text.splitlines():
+                    lines.put(line)
+        except FleetError as error:
+            lines.put(str(error))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with contextlib.ExitStack() as stack:
+        sites = {
+            site: stack.enter_context((processes.logs / f"superexec-{site}.log").open())
+            for site in SITES
+        }
+        while True:
+            with contextlib.suppress(queue.Empty):
+                line = lines.get(timeout=0.5)
+                if line is None:
+                    return
+                if line.strip():
+                    typer.echo(line)
+            for site, log in sites.items():
+                if progress := _last_progress(log):
+                    typer.echo(f"  {site}: {progress}")
+            processes.check()
+
+
+def _last_progress(log: IO[str]) -> str | None:
+    """Return the newest progress line of a ClientApp since the last look."""
+    marker = "step "
+    found = [line[line.index(marker) :].strip() for line in log if marker in line]
+    return found[-1] if found else None
+
+
+def wait_for_superlink(processes: Processes, identity: Path, address: str) -> None:
+    """Return once the SuperLink answers its own probe; raise ``FleetError`` when it ends or takes too long."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        processes.check()
+        try:
+            check(identity, address)
+        except FleetError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+def _vlafleet(*arguments: str) -> None:
+    """Run a ``vlafleet`` command in the foreground; end with its exit code when it fails."""
+    done = subprocess.run([sys.executable, "-m", "vlafleet", *arguments], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
