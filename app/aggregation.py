@@ -5,6 +5,10 @@ Memory is one model's worth of fp32 sums, however many sites report.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 
 from app.payload import Payload, PayloadError, Tensors, check_tensors
@@ -64,3 +68,26 @@ class Accumulator:
             raise ValueError("no update was added")
         weight = np.float32(self.frames)
         return {name: base + self._sums[name] / weight for name, base in self._base.items()}
+
+
+def mean_loss(sites: Iterable[Mapping[str, Any]]) -> float | None:
+    """The sites' ``loss`` weighted by their ``frames``; null where no site measured it."""
+    measured = [
+        (site["loss"], site["frames"])
+        for site in sites
+        if site["loss"] is not None and math.isfinite(site["loss"]) and site["frames"]
+    ]
+    frames = sum(weight for _, weight in measured)
+    return float(sum(loss * weight for loss, weight in measured) / frames) if frames else None
+
+
+def mean_rmse(sites: Iterable[Mapping[str, Any]]) -> list[float] | None:
+    """Root mean square error of each joint over all sites' frames, degrees."""
+    measured = [
+        (site["rmse_deg"], site["frames"]) for site in sites if site["rmse_deg"] and site["frames"]
+    ]
+    frames = sum(weight for _, weight in measured)
+    if not frames:
+        return None
+    squares = [[joint**2 * weight for joint in joints] for joints, weight in measured]
+    return [math.sqrt(sum(joint) / frames) for joint in zip(*squares, strict=True)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from certs.errors import ConfigError
 
@@ -71,6 +73,21 @@ class RunConfig:
         return {
             _key(setting.name): getattr(self, setting.name) for setting in dataclasses.fields(self)
         }
+
+
+def models_directory() -> Path:
+    """Where models are kept: ``models`` below ``VLAFLEET_HOME``, else below ``~/.cache/vlafleet``."""
+    home = os.environ.get("VLAFLEET_HOME") or "~/.cache/vlafleet"
+    return Path(home).expanduser().absolute() / "models"
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The learning rate at ``step``, counted from 0 over the whole run and not per round.
+
+    A linear rise over the warm-up, then constant. A pure function of the step: a schedule that is
+    built anew each round would warm up and decay each round.
+    """
+    return config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
 def _key(name: str) -> str:

@@ -29,7 +29,7 @@ type Tensors = dict[str, npt.NDArray[np.float32]]
 type Kind = Literal["model", "delta"]
 type Reason = Literal[
     "missing", "schema", "codec", "kind", "size", "checksum", "names", "dtype", "shape",
-    "base", "frozen", "finite", "frames",
+    "base", "frozen", "finite", "frames", "metrics",
 ]  # fmt: skip
 
 # Raised when the manifest's meaning changes; a site with another version is refused by name.

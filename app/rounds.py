@@ -98,12 +98,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one site ended; ``seconds`` from dispatch to its end."""
+    """How one site ended; ``seconds`` from dispatch to its end, ``sent`` if the message left."""
 
     site: Site
     state: State
     reason: str | None
     seconds: float
+    sent: bool
 
 
 class Node(Protocol):
@@ -198,6 +199,7 @@ class Exchange:
         self._busy: dict[int, float] = {}
         self._offline_since: dict[int, float] = {}
         self._outcomes: dict[str, Outcome] = {}
+        self._sent: set[Site] = set()
 
     def dispatch(self, messages: Mapping[Site, Message]) -> None:
         """Send each site its message; a site that is not online ends here."""
@@ -226,6 +228,7 @@ class Exchange:
                 if message_id is None:
                     self._settle(site, State.ERROR, "the SuperLink did not accept the message")
                 else:
+                    self._sent.add(site)
                     self._waiting[message_id] = site
                     self._due.append((time.monotonic(), message_id))
 
@@ -267,7 +270,8 @@ class Exchange:
     def _settle(self, site: Site, state: State, reason: str | None = None) -> None:
         if site.name in self._outcomes:
             raise RuntimeError(f"{site.name} already ended")
-        outcome = Outcome(site, state, reason, round(time.monotonic() - self._started, 3))
+        seconds = round(time.monotonic() - self._started, 3)
+        outcome = Outcome(site, state, reason, seconds, site in self._sent)
         self._outcomes[site.name] = outcome
         self._ended(outcome)
 

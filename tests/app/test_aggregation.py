@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from app.aggregation import MAX_FRAMES, Accumulator
+from app.aggregation import MAX_FRAMES, Accumulator, mean_loss, mean_rmse
 from app.payload import Payload, PayloadError, Tensors
 
 BASE: Tensors = {
@@ -138,3 +139,25 @@ def test_memory_does_not_grow_with_the_number_of_sites() -> None:
     tracemalloc.stop()
     # Scratch space for one tensor (1 MB) and its absolute values, whatever the number of sites.
     assert peak < 3_000_000
+
+
+def test_losses_are_weighted_by_the_frames_they_were_measured_on() -> None:
+    sites: list[dict[str, Any]] = [
+        {"loss": 1.0, "frames": 30},
+        {"loss": 2.0, "frames": 10},
+        {"loss": None, "frames": None},
+        {"loss": np.nan, "frames": 10},
+    ]
+    assert mean_loss(sites) == 1.25
+    assert mean_loss(sites[2:]) is None
+    assert mean_loss([]) is None
+
+
+def test_joint_errors_are_pooled_as_squares() -> None:
+    sites: list[dict[str, Any]] = [
+        {"rmse_deg": [3.0, 0.0], "frames": 10},
+        {"rmse_deg": [4.0, 1.0], "frames": 10},
+        {"rmse_deg": None, "frames": None},
+    ]
+    assert mean_rmse(sites) == pytest.approx([np.sqrt(12.5), np.sqrt(0.5)])
+    assert mean_rmse(sites[2:]) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import RunConfig
+from app.config import RunConfig, learning_rate, models_directory
 from certs.errors import ConfigError
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -72,3 +72,20 @@ def test_a_bad_value_is_named_with_its_key_and_range(
         RunConfig.parse({key: value})
     assert f"{key}={value!r}" in str(caught.value)
     assert accepted in str(caught.value)
+
+
+def test_the_learning_rate_rises_once_over_the_whole_run() -> None:
+    config = RunConfig(learning_rate=0.5, warmup_steps=4)
+    rates = [learning_rate(config, step) for step in range(7)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
+    assert learning_rate(RunConfig(warmup_steps=0, learning_rate=0.5), 0) == 0.5
+
+
+def test_models_are_kept_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLAFLEET_HOME", str(tmp_path))
+    assert models_directory() == tmp_path / "models"
+    monkeypatch.delenv("VLAFLEET_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models_directory() == tmp_path / ".cache" / "vlafleet" / "models"

@@ -205,6 +205,7 @@ def test_who_is_not_online_is_not_sent_anything() -> None:
     assert result.states() == {"site-a": State.COMPLETED, "site-b": State.OFFLINE}
     assert result.seconds < 2
     assert list(grid.sent) == ["message-to-1"]
+    assert [outcome.sent for outcome in result.outcomes] == [True, False]
 
 
 def test_nothing_is_pulled_for_a_site_that_is_offline() -> None:
