@@ -5,7 +5,6 @@ Nothing here imports torch or lerobot before :func:`load_policy`: the ServerApp 
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from app import hub
 from app.tiny_base import ensure_tiny_base
 from certs.errors import ModelError
 
@@ -36,7 +36,6 @@ _WEIGHTS = "model.safetensors"
 _VLM_FILES = ["*.json", "*.txt", "*.jinja"]
 # What a policy repository holds that loading needs; checkpoints of the optimiser and videos stay on the hub.
 _POLICY_FILES = ["*.json", "*.safetensors"]
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = 1 << 22  # bytes hashed at a time: 4 MiB keep the disk busy and memory flat
 
 type Processors = tuple[Any, Any]
@@ -54,7 +53,7 @@ def resolve_model(name: str, models: Path) -> Path:
     repository = name.removeprefix("hf:")
     if Path(name).is_dir():
         base = Path(name)
-    elif _REPOSITORY.fullmatch(repository):
+    elif hub.is_repository(repository):
         base = _snapshot(repository, _POLICY_FILES, online=name.startswith("hf:"))
     else:
         raise ModelError(
@@ -194,18 +193,12 @@ def _frozen_dtype(device: str) -> "torch.dtype":
 
 def _snapshot(repository: str, patterns: list[str], *, online: bool) -> Path:
     """The cached snapshot of a hub repository; ``online`` first fetches what is missing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     try:
-        return Path(
-            snapshot_download(repository, allow_patterns=patterns, local_files_only=not online)
-        )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        return hub.snapshot(repository, patterns, kind="model", online=online)
+    except hub.NotInReachError as error:
         if online:
-            reason = str(error).splitlines()[0]
             raise ModelError(
-                f"model 'hf:{repository}' could not be fetched from the hub ({reason}): "
+                f"model 'hf:{repository}' could not be fetched from the hub ({error}): "
                 "check the name, the network, and HF_TOKEN if it is private."
             ) from error
         raise ModelError(
@@ -222,7 +215,7 @@ def _vlm(base: Path, *, online: bool) -> Path:
     name = str(_config(base).get("vlm_model_name"))
     if Path(name).is_dir():
         return Path(name)
-    if not _REPOSITORY.fullmatch(name):
+    if not hub.is_repository(name):
         raise ModelError(
             f"{base / 'config.json'} names the VLM {name!r}, which is not on this machine: "
             f"put its configuration and tokenizer into {beside}."

@@ -1,0 +1,203 @@
+"""A site's dataset: found, held against the federation's contract, and split, before torch or lerobot is imported.
+
+LeRobot asks the hub for whatever is missing from a local dataset, creates directories on the way, and trains silently
+on a wrong joint count. So everything it will need is checked here first, from ``meta/`` alone
+(format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app import hub
+from app.dataset_meta import VERSION, Meta, read_meta
+from certs.errors import DatasetError
+
+if TYPE_CHECKING:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+_FRAGMENT = re.compile(r"episodes=(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class DatasetUri:
+    """A directory, or ``owner/name`` on the hub, and the half-open range of episodes that ``#episodes=A:B`` chooses."""
+
+    text: str
+    source: Path | str
+    span: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class SiteDataset:
+    """What a site trains and evaluates on; every file it needs was there when it was opened."""
+
+    uri: str
+    root: Path
+    train_episodes: tuple[int, ...]
+    held_out_episodes: tuple[int, ...]
+    meta: Meta
+
+    @property
+    def episodes(self) -> tuple[int, ...]:
+        """All chosen episodes, ascending."""
+        return tuple(sorted(self.train_episodes + self.held_out_episodes))
+
+    @property
+    def fps(self) -> int:
+        return self.meta.fps
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The contract's cameras that this dataset has, as dataset keys."""
+        return self.meta.cameras
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task sentences of the chosen episodes, sorted."""
+        return tuple(
+            sorted({task for index in self.episodes for task in self.meta.episodes[index].tasks})
+        )
+
+    def frames(self, episodes: Sequence[int]) -> int:
+        """How many frames these episodes hold."""
+        return sum(self.meta.episodes[index].frames for index in episodes)
+
+    def lerobot(self, episodes: Sequence[int], chunk: int = 50) -> "LeRobotDataset":
+        """These episodes as lerobot reads them: ``action`` is [chunk, 6] with ``action_is_pad``, images are uint8.
+
+        ``chunk`` is the policy's chunk size in frames, 50 for SmolVLA.
+        """
+        from datasets.exceptions import DatasetsError
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        try:
+            with readable(self):
+                return LeRobotDataset(
+                    "local/dataset",
+                    root=self.root,
+                    episodes=list(episodes),
+                    delta_timestamps={"action": [step / self.fps for step in range(chunk)]},
+                    # torchcodec needs FFmpeg's libraries on the machine; PyAV brings its own.
+                    video_backend="pyav",
+                    return_uint8=True,
+                )
+        except DatasetsError as error:
+            raise DatasetError(_unreadable(self, error)) from error
+
+
+def parse_uri(text: str) -> DatasetUri:
+    """Take a dataset URI apart. Raises DatasetError."""
+    location, _, fragment = text.partition("#")
+    span = None
+    if "#" in text:
+        match = _FRAGMENT.fullmatch(fragment)
+        span = (int(match[1]), int(match[2])) if match else None
+        if span is None or span[0] >= span[1]:
+            raise DatasetError(
+                f"dataset {text!r} ends in '#{fragment}': write '#episodes=A:B' for episodes A to B-1, with A below B."
+            )
+    if location.startswith("hf:"):
+        repository = location.removeprefix("hf:")
+        if not hub.is_repository(repository):
+            raise DatasetError(
+                f"dataset {text!r} is not of the form 'hf:owner/name': write the hub's two-part name."
+            )
+        return DatasetUri(text, repository, span)
+    if not location:
+        raise DatasetError(
+            f"dataset {text!r} names no directory: write its path, or 'hf:owner/name'."
+        )
+    return DatasetUri(text, Path(location).expanduser().absolute(), span)
+
+
+def open_dataset(uri: str, *, held_out: float, seed: int) -> SiteDataset:
+    """Open and check a dataset and hold out a share ``held_out`` of its episodes.
+
+    Only an ``hf:`` dataset may use the network, for the chosen episodes' files. Raises DatasetError.
+    """
+    parsed = parse_uri(uri)
+    source = parsed.source
+    root = source if isinstance(source, Path) else _fetch(source, ["meta/*"])
+    meta = read_meta(root)
+    chosen = _choose(parsed, meta)
+    files = meta.files(chosen)
+    if isinstance(source, str):
+        _fetch(source, ["meta/*", *(file.as_posix() for file in files)])
+    for file in files:
+        _require(root / file, uri)
+    if len(chosen) < 2:
+        raise DatasetError(
+            f"dataset {uri} gives {len(chosen)} episode: training and held-out evaluation need at least two."
+        )
+    for index in chosen:
+        if not any(task.strip() for task in meta.episodes[index].tasks):
+            raise DatasetError(
+                f"episode {index} of {root} has no task sentence: give it one, the policy is told what to do in words."
+            )
+    train, held = split(chosen, held_out=held_out, seed=seed)
+    return SiteDataset(uri=uri, root=root, train_episodes=train, held_out_episodes=held, meta=meta)
+
+
+def split(
+    episodes: Sequence[int], *, held_out: float, seed: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Training and held-out episodes, ascending, at least one of each.
+
+    Held out are those with the lowest hash of seed and index: no order of recording, and the same on every run.
+    """
+    ranked = sorted(episodes, key=lambda index: sha256(f"{seed}/{index}".encode()).digest())
+    count = min(max(round(held_out * len(ranked)), 1), len(ranked) - 1)
+    return tuple(sorted(ranked[count:])), tuple(sorted(ranked[:count]))
+
+
+@contextmanager
+def readable(dataset: SiteDataset) -> Iterator[None]:
+    """Turn what lerobot, PyAV and pyarrow raise over damaged files into a DatasetError."""
+    try:
+        yield
+    # FFmpegError and FrameTimestampError are ValueErrors or OSErrors, pyarrow's errors ValueErrors or OSErrors too.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise DatasetError(_unreadable(dataset, error)) from error
+
+
+def _unreadable(dataset: SiteDataset, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".:")
+    return f"dataset {dataset.root} cannot be read ({reason}): a file is damaged, record or copy it again."
+
+
+def _choose(uri: DatasetUri, meta: Meta) -> list[int]:
+    total = len(meta.episodes)
+    first, last = uri.span or (0, total)
+    if last > total:
+        raise DatasetError(
+            f"dataset {uri.text} asks for episodes {first} to {last - 1}, but there are {total}: "
+            f"choose '#episodes=A:B' within 0:{total}."
+        )
+    return list(range(first, last))
+
+
+def _require(file: Path, uri: str) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError:
+        raise DatasetError(
+            f"{file} is missing, which {uri} needs: copy the dataset again, whole."
+        ) from None
+    if size == 0:
+        raise DatasetError(f"{file} is empty, which {uri} needs: copy the dataset again, whole.")
+
+
+def _fetch(repository: str, patterns: list[str]) -> Path:
+    try:
+        # Dataset repositories are tagged with the format version of each commit; lerobot reads by that tag, too.
+        return hub.snapshot(repository, patterns, kind="dataset", online=True, revision=VERSION)
+    except hub.NotInReachError as error:
+        raise DatasetError(
+            f"dataset 'hf:{repository}' could not be fetched from the hub ({error}): "
+            "check the name, the network, and HF_TOKEN if it is private."
+        ) from error
