@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -136,23 +137,18 @@ class Run:
             )
             if any(name == other.name for other in found):
                 raise DatasetError(f"Another site is called {name} already: rename one of them.")
-            fps = next(iter(found.values())).fps if found else described.fps
-            if described.fps != fps:
-                raise DatasetError(
-                    f"It records {described.fps} frames a second and the others {fps}: record "
-                    "again, or run with sites of one rate."
-                )
             found[Site(name, site.node)] = described
 
         def tell(outcome: Outcome) -> None:
-            described = next((d for s, d in found.items() if s.node == outcome.site.node), None)
             detail = ""
-            if described:
-                episodes = described.train_episodes + described.held_out_episodes
-                detail = (
-                    f", {episodes} episodes ({described.held_out_episodes} held out), "
-                    f"{described.train_frames} training frames"
-                )
+            for site, described in found.items():
+                if site.node == outcome.site.node:
+                    outcome = replace(outcome, site=site)
+                    episodes = described.train_episodes + described.held_out_episodes
+                    detail = (
+                        f", {episodes} episodes ({described.held_out_episodes} held out), "
+                        f"{described.train_frames} training frames"
+                    )
             self._tell("describe", outcome, detail)
 
         exchange = Exchange(self._grid, fold, tell, seconds=config.round_timeout)
@@ -165,6 +161,11 @@ class Run:
                 f"({reasons})."
             )
         self._sites = sorted(found, key=lambda site: site.name)
+        if len({described.fps for described in found.values()}) > 1:
+            rates = ", ".join(f"{site.name} {found[site].fps}" for site in self._sites)
+            raise RunFailedError(
+                f"The sites record different frames a second ({rates}): run with sites of one rate."
+            )
         pooled = statistics.merge([found[site].moments for site in self._sites])
         self._statistics = statistics.to_bytes(pooled)
         self._normalisation = statistics.normalisation(pooled)

@@ -1,0 +1,253 @@
+"""A site's answers, from the real policy on a real dataset, and a federation of two of them."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from app import client_app, payload, rounds, server_app, statistics, tensorfile
+from app.config import RunConfig
+from app.description import Description
+from app.journal import read_rounds, runs_root
+from app.policy import frozen_hash, trainable_names
+from app.rounds import Exchange
+from certs.errors import DatasetError
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Flower sets when it starts a task."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def config(base: Path, **changes: Any) -> RunConfig:
+    small: dict[str, Any] = {"rounds": 2, "local_steps": 3, "batch_size": 4, "eval_batches": 2}
+    return RunConfig(model=str(base), **{**small, **changes})
+
+
+def context(dataset: Path | str, run: RunConfig, **node: Any) -> Context:
+    node_config = {"site": "site-a", "dataset": str(dataset), **node}
+    return Context(1, 1, node_config, RecordDict(), run.as_dict())
+
+
+def ask(kind: str, where: Context, content: RecordDict | None = None) -> Message:
+    message = Message(content or RecordDict(), 1, kind)
+    message.metadata.__dict__["_message_id"] = "asked"
+    return client_app.app(message, where)
+
+
+def described(dataset: Path, run: RunConfig) -> Description:
+    return Description.from_records(ask(MessageType.QUERY, context(dataset, run)).content)
+
+
+def request(base: Path, site: Description, number: int = 1, frozen: str = "") -> RecordDict:
+    tensors = tensorfile.read(base / "model.safetensors", trainable_names(base))
+    manifest, flat = payload.pack(
+        tensors, kind="model", base="the-base", frozen=frozen or frozen_hash(base)
+    )
+    content = payload.to_records(manifest, flat)
+    content["request"] = ConfigRecord(
+        {"round": number, "statistics": statistics.to_bytes(site.moments)}
+    )
+    return content
+
+
+def refusal(reply: Message) -> str:
+    assert reply.has_error()
+    assert reply.error.reason
+    return reply.error.reason
+
+
+def test_a_site_describes_its_dataset(tiny_base: Path, tiny_dataset: Path) -> None:
+    site = described(tiny_dataset, config(tiny_base, held_out=0.25))
+    assert site.site == "site-a"
+    assert (site.train_episodes, site.held_out_episodes) == (3, 1)
+    assert site.train_frames + site.held_out_frames == 150
+    assert site.fps == 30
+    assert site.cameras == ("top", "wrist")
+    assert site.tasks == ("Pick up the cube and place it in the box.",)
+    # The moments are those of the training episodes alone.
+    assert site.moments["action"].count == site.train_frames
+
+
+def test_a_damaged_description_is_refused(tiny_base: Path, tiny_dataset: Path) -> None:
+    good = described(tiny_dataset, config(tiny_base))
+    for key, value in [("fps", 0), ("moments", b"{}"), ("train_frames", "many"), ("cameras", 3)]:
+        records = good.to_records()
+        records.config_records["description"][key] = value  # type: ignore[assignment]
+        with pytest.raises(DatasetError):
+            Description.from_records(records)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Description.from_records(RecordDict())
+
+
+def test_training_answers_with_the_change_and_its_metrics(
+    tiny_base: Path, tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run))
+    with caplog.at_level(logging.INFO, "flwr"):
+        reply = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
+    assert not reply.has_error()
+    delta = payload.from_records(reply.content, kind="delta")
+    assert (delta.base, delta.frozen) == ("the-base", frozen_hash(tiny_base))
+    before = tensorfile.read(tiny_base / "model.safetensors", trainable_names(tiny_base))
+    payload.check_tensors(delta.tensors, before)
+    moved = sum(float(np.abs(array).sum()) for array in delta.tensors.values())
+    assert np.isfinite(moved)
+    assert moved > 0
+    # Nothing frozen crosses the wire: four bytes for each trainable value, and no more.
+    values = sum(array.size for array in before.values())
+    assert payload.wire_bytes(reply.content) == values * 4
+    metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
+    assert metrics["frames"] == 3 * 4
+    for name in ("loss", "last_loss", "grad_norm", "work_seconds", "ready_seconds"):
+        assert isinstance(metrics[name], float)
+        assert metrics[name] > 0
+    assert "round 1/2 train: step 3/3, loss " in caplog.text
+
+
+def test_the_rate_of_a_later_round_goes_on_where_the_last_one_ended(
+    tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def recording(_: RunConfig, step: int) -> float:
+        asked.append(step)
+        return 1e-4
+
+    monkeypatch.setattr(client_app, "learning_rate", recording)
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), number=2)
+    assert not ask(MessageType.TRAIN, context(tiny_dataset, run), content).has_error()
+    assert asked == [3, 4, 5]
+
+
+def test_evaluation_gives_the_same_numbers_twice(tiny_base: Path, tiny_dataset: Path) -> None:
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), number=0)
+    results: list[dict[str, Any]] = []
+    for _ in range(2):
+        reply = ask(MessageType.EVALUATE, context(tiny_dataset, run), content)
+        assert not reply.has_error()
+        assert payload.wire_bytes(reply.content) == 0
+        results.append(dict(reply.content.metric_records["metrics"]))
+    assert results[0]["loss"] == results[1]["loss"] > 0
+    assert results[0]["rmse_deg"] == results[1]["rmse_deg"]
+    assert len(results[0]["rmse_deg"]) == 6
+    assert results[0]["frames"] == 8
+
+
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_foreign_frozen_model_is_refused(kind: str, tiny_base: Path, tiny_dataset: Path) -> None:
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), frozen="0" * 64)
+    reason = refusal(ask(kind, context(tiny_dataset, run), content))
+    assert reason.startswith("The frozen tensors of model")
+    assert reason.endswith("install the same model at every site.")
+
+
+def test_expected_failures_arrive_as_one_sentence_without_a_traceback(
+    tiny_base: Path, tiny_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run))
+    nowhere = context(tmp_path / "nowhere", run)
+    for kind in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
+        reason = refusal(ask(kind, nowhere, content))
+        assert "nowhere" in reason
+        assert "\n" not in reason
+    no_dataset = context("", run)
+    assert "has no 'dataset'" in refusal(ask(MessageType.QUERY, no_dataset))
+    wrong = Context(1, 1, {"site": "a", "dataset": "b"}, RecordDict(), {"ronuds": 1})
+    assert "unknown key 'ronuds'" in refusal(ask(MessageType.QUERY, wrong))
+    empty = refusal(ask(MessageType.TRAIN, context(tiny_dataset, run)))
+    assert empty.startswith("The request is incomplete")
+    damaged = request(tiny_base, described(tiny_dataset, run))
+    damaged.array_records["payload"]["flat"].data = b"123"
+    assert "bytes" in refusal(ask(MessageType.TRAIN, context(tiny_dataset, run), damaged))
+    assert len(caplog.records) >= 7
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_starting_and_describing_needs_neither_torch_nor_lerobot(
+    tiny_base: Path, tiny_dataset: Path
+) -> None:
+    run = config(tiny_base)
+    code = f"""
+import json, sys
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+from app.client_app import app
+node = {{"site": "site-a", "dataset": {str(tiny_dataset)!r}}}
+message = Message(RecordDict(), 1, "query")
+message.metadata.__dict__["_message_id"] = "asked"
+reply = app(message, Context(1, 1, node, RecordDict(), {run.as_dict()!r}))
+assert not reply.has_error(), reply.error
+print(json.dumps([m for m in ("torch", "lerobot", "transformers") if m in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+@dataclass
+class Node:
+    node_id: int
+    name: str
+
+
+@dataclass
+class RealSites:
+    """Flower's Grid without its processes: messages go to the ClientApp as each site would run it."""
+
+    contexts: list[Context]
+    replies: dict[str, Message] = field(default_factory=dict)
+
+    def get_nodes(self) -> list[Node]:
+        return [Node(n, str(c.node_config["site"])) for n, c in enumerate(self.contexts)]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            ids.append(f"m{len(self.replies)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            where = self.contexts[message.metadata.dst_node_id]
+            self.replies[ids[-1]] = client_app.app(message, where)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.replies[message_id] for message_id in message_ids]
+
+
+def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
+    tiny_base: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLAFLEET_RUNS", str(tmp_path))
+    for function in (rounds.wait_for_sites, Exchange.__init__):
+        assert function.__kwdefaults__
+        monkeypatch.setitem(function.__kwdefaults__, "poll_s", 0.02)
+    run = config(tiny_base, local_steps=8, learning_rate=3e-3, warmup_steps=0)
+    for number in (1, 2):
+        sites = [
+            context(f"{tiny_dataset}#episodes=0:2", run, site="site-a"),
+            context(f"{tiny_dataset}#episodes=2:4", run, site="site-b"),
+        ]
+        server = Context(number, 0, {}, RecordDict(), run.as_dict())
+        server_app.main(RealSites(sites), server)  # type: ignore[arg-type]
+    first, second = (read_rounds(runs_root() / str(number)) for number in (1, 2))
+    losses = [record["aggregate"]["loss"] for record in first]
+    # Eight steps at this rate take a fifth off the base's loss.
+    assert max(losses[1:]) < 0.9 * losses[0]
+    assert [record["model"] for record in first] == [record["model"] for record in second]
+    assert losses == [record["aggregate"]["loss"] for record in second]

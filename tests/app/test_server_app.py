@@ -1,0 +1,379 @@
+"""A run from waiting for sites to its last record, with sites that answer by script.
+
+The model, checkpoints, journal and messages are the real ones; what a real site answers is tested
+in test_client_app.
+"""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from app import payload, rounds, server_app, statistics, tensorfile
+from app.config import RunConfig
+from app.description import Description
+from app.journal import read_config, read_rounds, runs_root
+from app.policy import frozen_hash, trainable_names
+from app.rounds import Exchange
+from certs.errors import ConfigError, FleetError, RunFailedError
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Flower sets when it starts a task; short polls; runs in a temporary directory."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.setenv("VLAFLEET_RUNS", str(tmp_path / "runs"))
+    for function in (rounds.wait_for_sites, Exchange.__init__):
+        assert function.__kwdefaults__
+        monkeypatch.setitem(function.__kwdefaults__, "poll_s", 0.02)
+
+
+def moments(mean: float, count: int = 100) -> dict[str, statistics.Moments]:
+    part = statistics.Moments(count, np.full(6, mean), np.full(6, 25.0 * count))
+    return {"observation.state": part, "action": part}
+
+
+@dataclass
+class FakeSite:
+    """A site that moves every trainable value by ``step`` and whose loss is the model's distance."""
+
+    step: float
+    mean: float = 0.0
+    frames: int = 100
+    fps: int = 30
+    site: str = ""
+    # Replaces the answer to the n-th message (0 describe, 1 evaluate, 2 train, 3 evaluate ...).
+    override: dict[int, Callable[[Message], Message | None]] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    statistics: set[bytes] = field(default_factory=set)
+
+    def answer(self, message: Message) -> Message | None:
+        turn = len(self.seen)
+        self.seen.append(message.metadata.message_type)
+        if turn in self.override:
+            return self.override[turn](message)
+        return getattr(self, message.metadata.message_type)(message)  # type: ignore[no-any-return]
+
+    def query(self, message: Message) -> Message:
+        described = Description(
+            self.site, 4, 1, self.frames, 25, self.fps, ("top", "wrist"), ("Pick.",),
+            moments(self.mean),
+        )  # fmt: skip
+        return Message(described.to_records(), reply_to=message)
+
+    def read(self, message: Message) -> payload.Payload:
+        pooled = message.content.config_records["request"]["statistics"]
+        assert isinstance(pooled, bytes)
+        self.statistics.add(pooled)
+        model = payload.from_records(message.content, kind="model")
+        first = next(iter(model.tensors.values()))
+        self.means.append(float(first.mean()))
+        return model
+
+    def train(self, message: Message) -> Message:
+        model = self.read(message)
+        delta = {name: np.full_like(array, self.step) for name, array in model.tensors.items()}
+        records = payload.to_records(
+            *payload.pack(delta, kind="delta", base=model.base, frozen=model.frozen)
+        )
+        records["metrics"] = MetricRecord({"loss": 0.5, "frames": self.frames, "grad_norm": 1.0})
+        return Message(records, reply_to=message)
+
+    def evaluate(self, message: Message) -> Message:
+        self.read(message)
+        loss = 2.0 - 0.1 * len(self.means)
+        metrics = MetricRecord({"loss": loss, "frames": 25, "rmse_deg": [loss] * 6})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+@dataclass
+class Node:
+    node_id: int
+    name: str
+
+
+@dataclass
+class FakeGrid:
+    """Flower's Grid over scripted sites, by registered name."""
+
+    sites: dict[str, FakeSite]
+    registered: bool = True
+    replies: dict[str, Message | None] = field(default_factory=dict)
+
+    def get_nodes(self) -> list[Node]:
+        return [
+            Node(n, name if self.registered else "") for n, name in enumerate(self.sites, start=1)
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            site = list(self.sites.values())[message.metadata.dst_node_id - 1]
+            ids.append(f"m{len(self.replies)}")
+            self.replies[ids[-1]] = site.answer(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        found = [self.replies[message_id] for message_id in message_ids]
+        return [reply for reply in found if reply]
+
+
+def start(
+    sites: dict[str, FakeSite], base: Path, *, registered: bool = True, **config: Any
+) -> Path:
+    run_config = RunConfig(model=str(base), **{"rounds": 2, "round_timeout": 5, **config})
+    # As Flower does, give every run an id of its own.
+    run = 17 + len(list(runs_root().glob("[0-9]*")))
+    context = Context(run, 0, {}, RecordDict(), run_config.as_dict())
+    server_app.main(FakeGrid(sites, registered), context)  # type: ignore[arg-type]
+    return runs_root() / str(run)
+
+
+def two() -> dict[str, FakeSite]:
+    # Weighted by frames: (300 * 0.5 - 100 * 0.1) / 400 = 0.35 a round.
+    return {
+        "site-a": FakeSite(step=0.5, mean=0.0, frames=300),
+        "site-b": FakeSite(step=-0.1, mean=10.0, frames=100),
+    }
+
+
+def test_a_run_moves_the_model_by_the_weighted_mean_each_round(tiny_base: Path) -> None:
+    sites = two()
+    directory = start(sites, tiny_base)
+    expected = ["query", "evaluate", "train", "evaluate", "train", "evaluate"]
+    assert [site.seen for site in sites.values()] == [expected, expected]
+    names = trainable_names(tiny_base)
+    before = tensorfile.read(tiny_base / "model.safetensors", names)
+    for number in range(3):
+        path = directory / "checkpoints" / f"round-{number:04d}"
+        after = tensorfile.read(path / "model.safetensors", names)
+        for name in names:
+            np.testing.assert_allclose(after[name], before[name] + 0.35 * number, atol=1e-5)
+    # Round 0 was measured on the base model, each later one on what the sites had just made.
+    first = next(iter(before.values())).mean()
+    moved = np.array(sites["site-a"].means) - first
+    np.testing.assert_allclose(moved, [0, 0, 0.35, 0.35, 0.7], atol=1e-4)
+
+
+def test_statistics_are_pooled_once_and_reach_sites_and_checkpoints(tiny_base: Path) -> None:
+    sites = two()
+    directory = start(sites, tiny_base)
+    (pooled,) = sites["site-a"].statistics | sites["site-b"].statistics
+    part = statistics.from_bytes(pooled)["action"]
+    assert part.count == 200
+    np.testing.assert_allclose(part.mean, 5.0)
+    # Within each site a variance of 25, between them (10 / 2) ** 2.
+    deviation = np.sqrt(50)
+    config = read_config(directory)
+    np.testing.assert_allclose(config["statistics"]["action"]["std"], deviation)
+    for path in (directory / "checkpoints").glob("round-*"):
+        (state,) = path.glob("policy_postprocessor*unnormalizer_processor.safetensors")
+        stored = tensorfile.read(state, ["action.mean", "action.std"])
+        np.testing.assert_allclose(stored["action.std"], deviation, rtol=1e-6)
+
+
+def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
+    directory = start(two(), tiny_base)
+    config, records = read_config(directory), read_rounds(directory)
+    assert config["run"] == "17"
+    assert config["config"]["rounds"] == 2
+    assert config["sites"]["site-b"]["train_frames"] == 100
+    assert config["model"]["frozen"] == frozen_hash(tiny_base)
+    assert [record["round"] for record in records] == [0, 1, 2]
+    zero, one, two_ = records
+    values = config["model"]["trainable_values"]
+    assert zero["sites"]["site-a"]["train"] is None
+    assert zero["aggregate"]["train_loss"] is None
+    assert zero["aggregate"]["loss"] == pytest.approx(1.9)
+    assert one["aggregate"] == {
+        "train_loss": 0.5,
+        "frames": 400,
+        "loss": pytest.approx(1.7),
+        "rmse_deg": pytest.approx([1.7] * 6),
+    }
+    train = one["sites"]["site-b"]["train"]
+    assert train["state"] == "completed"
+    assert train["reason"] is None
+    assert (train["loss"], train["frames"], train["grad_norm"]) == (0.5, 100, 1.0)
+    # Not reported by this site: null, never 0.
+    assert train["last_loss"] is None
+    # Only trainable values travel: 4 bytes each, both ways in training, down alone in evaluation.
+    assert (train["bytes_down"], train["bytes_up"]) == (values * 4, values * 4)
+    assert one["bytes"] == {"down": 2 * 2 * values * 4, "up": 2 * values * 4}
+    assert list(one["seconds"]) == ["dispatch", "collect", "commit", "evaluate"]
+    assert list(zero["seconds"]) == ["commit", "evaluate"]
+    assert two_["model"] != one["model"] != zero["model"] == config["model"]["hash"]
+    federation = json.loads((directory / two_["checkpoint"] / "federation.json").read_text())
+    assert federation["model"] == two_["model"]
+    assert federation["participants"] == [
+        {"site": "site-a", "frames": 300},
+        {"site": "site-b", "frames": 100},
+    ]
+
+
+def test_the_log_keeps_its_form(tiny_base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "flwr"):
+        start(two(), tiny_base)
+    lines = "\n".join(caplog.messages)
+    for form in (
+        r"^describe: site-a completed, 5 episodes \(1 held out\), 300 training frames, \d+\.\d s$",
+        r"^round 0/2 evaluate: site-b completed, loss 1\.900, 25 frames, \d+\.\d s$",
+        r"^round 0/2: held-out loss 1\.900$",
+        r"^round 1/2 train: site-a completed, loss 0\.500, 300 frames, \d+\.\d s$",
+        r"^round 1/2 commit: 2 of 2 sites, 400 frames, model [0-9a-f]{12}, \d+\.\d s$",
+        r"^round 2/2: held-out loss 1\.500, -21\.1 % against round 0$",
+        r"^run 17 finished: 2 of 2 rounds committed, model in .*/17/checkpoints/latest$",
+    ):
+        assert re.search(form, lines, re.MULTILINE), form
+
+
+def error(message: Message) -> Message:
+    return Message(Error(2, "The disk is full:\nclean it."), reply_to=message)
+
+
+def poison(message: Message) -> Message:
+    return FakeSite(step=float("nan")).train(message)
+
+
+def test_a_site_that_fails_does_not_stop_the_others(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = two()
+    sites["site-b"].override = {2: error, 4: poison}
+    directory = start(sites, tiny_base)
+    one, two_ = read_rounds(directory)[1:]
+    assert one["sites"]["site-b"]["train"]["state"] == "error"
+    assert one["sites"]["site-b"]["train"]["reason"] == "The disk is full: clean it."
+    assert one["sites"]["site-b"]["train"]["loss"] is None
+    assert one["aggregate"]["frames"] == 300
+    assert two_["sites"]["site-b"]["train"]["state"] == "invalid"
+    assert "not finite" in two_["sites"]["site-b"]["train"]["reason"]
+    assert "round 1/2 train: site-b error, The disk is full: clean it." in caplog.text
+    # Only site-a's step of 0.5 was taken, twice.
+    moved = np.array(sites["site-a"].means) - sites["site-a"].means[0]
+    np.testing.assert_allclose(moved[-1], 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"loss": 1, "frames": 25},
+        {"loss": 1.0, "frames": 2.5},
+        {"loss": 1.0, "frames": 25, "rmse_deg": [1.0, 2.0]},
+        {"loss": [1.0], "frames": 25},
+    ],
+)
+def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any) -> None:
+    sites = two()
+    sites["site-b"].override = {
+        1: lambda message: Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+    }
+    zero = read_rounds(start(sites, tiny_base, rounds=1))[0]
+    assert zero["sites"]["site-b"]["evaluate"]["state"] == "invalid"
+    assert zero["aggregate"]["loss"] == pytest.approx(1.9)
+
+
+def test_a_round_without_an_update_keeps_the_last_model(tiny_base: Path, tmp_path: Path) -> None:
+    sites = two()
+    for site in sites.values():
+        site.override = {4: error}
+    with pytest.raises(RunFailedError, match="1 of 2 rounds were committed"):
+        start(sites, tiny_base)
+    directory = tmp_path / "runs" / "17"
+    one, two_ = read_rounds(directory)[1:]
+    assert not two_["committed"]
+    assert two_["reason"] == "no valid update: the last model stays"
+    assert (two_["model"], two_["checkpoint"]) == (one["model"], None)
+    assert two_["sites"]["site-a"]["evaluate"] is None
+    assert list(two_["seconds"]) == ["dispatch", "collect", "fail"]
+    assert (directory / "checkpoints" / "latest").resolve().name == "round-0001"
+
+
+def test_a_site_that_cannot_describe_itself_takes_no_part(tiny_base: Path) -> None:
+    sites = {**two(), "site-c": FakeSite(step=1.0, override={0: error})}
+    directory = start(sites, tiny_base)
+    assert sites["site-c"].seen == ["query"]
+    assert list(read_config(directory)["sites"]) == ["site-a", "site-b"]
+
+
+def test_too_few_sites_end_the_run_with_their_reasons(tiny_base: Path) -> None:
+    sites = two()
+    sites["site-b"].override = {0: error}
+    with pytest.raises(RunFailedError, match=r"1 of the 2 sites .*site-b: The disk is full"):
+        start(sites, tiny_base)
+    sites = two()
+    sites["site-b"].fps = 25
+    with pytest.raises(RunFailedError, match="site-a 30, site-b 25"):
+        start(sites, tiny_base)
+
+
+def test_waiting_for_sites_is_bounded(tiny_base: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(RunFailedError, match="2 of the 3 sites"):
+        start(two(), tiny_base, min_sites=3, round_timeout=0.3)
+    assert time.monotonic() - started < 5
+
+
+def test_the_registry_names_sites_and_without_one_they_name_themselves(tiny_base: Path) -> None:
+    sites = two()
+    sites["site-a"].site, sites["site-b"].site = "impostor", "site-b"
+    assert list(read_config(start(sites, tiny_base))["sites"]) == ["site-a", "site-b"]
+    sites = two()
+    sites["site-a"].site, sites["site-b"].site = "own-a", "own-b"
+    directory = start(sites, tiny_base, registered=False)
+    assert list(read_config(directory)["sites"]) == ["own-a", "own-b"]
+    sites = two()
+    sites["site-a"].site = sites["site-b"].site = "same"
+    with pytest.raises(RunFailedError, match="Another site is called same already"):
+        start(sites, tiny_base, registered=False)
+    sites = two()
+    sites["site-a"].site, sites["site-b"].site = "../../etc", "own-b"
+    with pytest.raises(RunFailedError, match="is not allowed: use 1 to 63"):
+        start(sites, tiny_base, registered=False)
+
+
+def test_a_bad_run_config_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+    context = Context(17, 0, {}, RecordDict(), {"ronuds": 3})
+    with pytest.raises(ConfigError, match="unknown key 'ronuds'"):
+        server_app.main(FakeGrid({}), context)  # type: ignore[arg-type]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_expected_failure_is_logged_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("flwr")
+    kept = server_app._OneSentence()
+    logger.addFilter(kept)
+    try:
+        for raised in (FleetError("Too few sites."), ValueError("a bug")):
+            # As flwr/superlink/runtime/run_serverapp.py logs what a ServerApp raises.
+            logger.error("%s raised an exception", "ServerApp", exc_info=raised)
+    finally:
+        logger.removeFilter(kept)
+    expected, bug = caplog.records
+    assert expected.getMessage() == "ServerApp raised an exception: Too few sites."
+    assert expected.exc_info is None
+    assert bug.exc_info
+
+
+def test_the_serverapp_imports_neither_torch_nor_lerobot() -> None:
+    code = (
+        "import sys, app.server_app;"
+        "print([m for m in ('torch', 'lerobot', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
