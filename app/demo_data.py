@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -232,44 +232,16 @@ def _make(root: Path, recipe: dict[str, Any], progress: ProgressFn | None) -> No
 
 def _record(root: Path, recipe: dict[str, Any], progress: ProgressFn | None) -> None:
     """Write the dataset that ``recipe`` describes to ``root``, which must not exist."""
-    from app.demo_scene import CAMERAS, FPS, HEIGHT, JOINTS, WIDTH, Scene
+    from app.demo_scene import Scene
 
     site, wanted = recipe["site"], recipe["episodes"]
     profile = profile_of(site)
     _quiet()
-    scene = Scene(profile)
-    from lerobot.configs.video import RGBEncoderConfig
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    joints = {
-        "dtype": "float32",
-        "shape": (len(JOINTS),),
-        "names": [f"{joint}.pos" for joint in JOINTS],
-    }
-    image = {
-        "dtype": "video",
-        "shape": (HEIGHT, WIDTH, 3),
-        "names": ["height", "width", "channels"],
-    }
-    try:
-        dataset = LeRobotDataset.create(
-            repo_id=f"vlafleet/{site}",
-            root=root,
-            fps=FPS,
-            robot_type="so101_follower",
-            features={
-                "observation.state": joints,
-                "action": joints,
-                **{f"observation.images.{camera}": image for camera in CAMERAS},
-            },
-            rgb_encoder=RGBEncoderConfig(vcodec="h264"),
-            # Encodes from memory instead of by way of one PNG file a frame.
-            streaming_encoding=True,
-            # More than an episode: a full queue drops frames.
-            encoder_queue_maxsize=200,
-            encoder_threads=1,
-        )
-        recorded = 0
+    recorded = 0
+    # finalize also after a failure: an open writer would write its directory anew once it is removed.
+    with closing(Scene(profile)) as scene, ExitStack() as stack:
+        dataset = _create(root, site)
+        stack.callback(dataset.finalize)
         for attempt in itertools.count():
             if recorded == wanted:
                 break
@@ -284,9 +256,42 @@ def _record(root: Path, recipe: dict[str, Any], progress: ProgressFn | None) -> 
                 recorded += 1
                 if progress:
                     progress(recorded, wanted)
-        dataset.finalize()
-    finally:
-        scene.close()
+
+
+def _create(root: Path, site: str) -> Any:
+    """An empty LeRobotDataset with the features of lerobot's own SO-101 recordings."""
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from app.demo_scene import CAMERAS, FPS, HEIGHT, JOINTS, WIDTH
+
+    joints = {
+        "dtype": "float32",
+        "shape": (len(JOINTS),),
+        "names": [f"{joint}.pos" for joint in JOINTS],
+    }
+    image = {
+        "dtype": "video",
+        "shape": (HEIGHT, WIDTH, 3),
+        "names": ["height", "width", "channels"],
+    }
+    return LeRobotDataset.create(
+        repo_id=f"vlafleet/{site}",
+        root=root,
+        fps=FPS,
+        robot_type="so101_follower",
+        features={
+            "observation.state": joints,
+            "action": joints,
+            **{f"observation.images.{camera}": image for camera in CAMERAS},
+        },
+        rgb_encoder=RGBEncoderConfig(vcodec="h264"),
+        # Encodes from memory instead of by way of one PNG file a frame.
+        streaming_encoding=True,
+        # More frames than an episode has: a full queue drops frames.
+        encoder_queue_maxsize=200,
+        encoder_threads=1,
+    )
 
 
 def layout_of(site: str, seed: int, attempt: int) -> "Layout":

@@ -39,7 +39,7 @@ _MESH_CELL = 0.002
 
 _GL_HELP = (
     "MuJoCo cannot render: no working OpenGL library was found; install Debian's "
-    "'libegl1 libgl1-mesa-dri' (or 'libosmesa6') and try again."
+    "'libegl1 libgl1-mesa-dri libopengl0' (or 'libosmesa6') and try again."
 )
 
 
@@ -86,6 +86,9 @@ def _loads(library: str) -> bool:
 
 def _egl_works() -> bool:
     """Whether some EGL device initialises: the library alone is not enough, it needs a driver."""
+    # PyOpenGL, which MuJoCo's EGL back end is written with, needs one of these besides.
+    if not (_loads("libOpenGL.so.0") or _loads("libGLESv2.so.2")):
+        return False
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
