@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LOCK := uv pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
   --generate-hashes --no-emit-index-url --no-annotate --no-header --no-strip-extras
 
-.PHONY: help setup demo data test lint images lock clean
+.PHONY: help setup demo data test lint images lock
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,25 @@ $(VENV)/.stamp: $(VENV)/bin/python requirements/tools.txt requirements/dev.txt p
 	touch $@
 
 setup: $(VENV)/.stamp ## install the locked packages into .venv
+
+demo: setup ## a whole federation on this machine: simulated data, two sites, one run, a report
+	@$(BIN)/vlafleet demo
+
+data: setup ## the demo's simulated SO-101 datasets, in data/demo
+	@$(BIN)/vlafleet data make data/demo --site site-a --site site-b
+
+test: setup ## every test; what needs Docker or OpenGL says so when it is missing
+	@$(BIN)/pytest
+
+lint: setup ## ruff, mypy, hadolint
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
+
+images: ## the three container images, after installing Docker where it is missing
+	@docker/install-engine.sh
+	docker/build-images.sh
 
 lock: $(VENV)/bin/python ## resolve requirements/*.txt again from pyproject.toml, with hashes
 	@command -v $(BIN)/uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt

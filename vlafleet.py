@@ -11,6 +11,8 @@ from typing import Annotated
 import click
 import typer
 
+import app.demo_data
+import app.report
 import certs.cli
 import superlink.cli
 import supernode.cli
@@ -32,6 +34,8 @@ cli.command(
     add_help_option=False,
 )(superlink.cli.flwr)
 cli.command()(supernode.cli.supernode)
+cli.add_typer(app.demo_data.cli, name="data")
+cli.command()(app.report.report)
 
 
 @cli.command()

@@ -78,6 +78,8 @@ def _prepare_task() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # SuperExec ended before the request reached the kernel
         os.kill(os.getpid(), signal.SIGKILL)
+    # Flower's logger has a handler of its own; alembic and others set up the root logger, which would say it all twice.
+    logging.getLogger("flwr").propagate = False
     try:
         install_client(Identity.load(Path(os.environ[_IDENTITY]), Role.SUPEREXEC))
     except FleetError as error:

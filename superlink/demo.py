@@ -196,18 +196,26 @@ def _follow(control: Control, processes: Processes, run_id: int) -> None:
                 line = lines.get(timeout=0.5)
                 if line is None:
                     return
-                if line.strip():
-                    typer.echo(line)
+                if said := _of_the_run(line):
+                    typer.echo(said)
             for site, log in sites.items():
                 if progress := _last_progress(log):
                     typer.echo(f"  {site}: {progress}")
             processes.check()
 
 
+def _of_the_run(line: str) -> str | None:
+    """Return what the ServerApp says, without Flower's own lines and level columns; warnings and errors whole."""
+    level, _, said = line.partition(" :")
+    if level.strip() == "INFO":
+        said = said.strip()
+        return said if said.startswith(("run ", "round ", "describe", "waiting ")) else None
+    return line if level.strip() in {"WARNING", "ERROR"} else None
+
+
 def _last_progress(log: IO[str]) -> str | None:
-    """Return the newest progress line of a ClientApp since the last look."""
-    marker = "step "
-    found = [line[line.index(marker) :].strip() for line in log if marker in line]
+    """Return the newest progress of a ClientApp since the last look (``round 1/3 train: step 12/30, loss 2.1``)."""
+    found = [line[line.index("round ") :].strip() for line in log if "round " in line]
     return found[-1] if found else None
 
 

@@ -106,7 +106,7 @@ def test_bundle_check_stands_in_the_task(monkeypatch: pytest.MonkeyPatch) -> Non
     module = importlib.import_module(CLIENTAPP_TASK)
     monkeypatch.setattr(module, "install_from_fab", module.install_from_fab)
     install_bundle_check(CLIENTAPP_TASK)
-    with pytest.raises(ConfigError, match="carries evil.py"):
+    with pytest.raises(ConfigError, match=r"carries evil\.py"):
         module.install_from_fab(bundle(**{"evil.py": ""}), skip_prompt=True)
 
 
