@@ -13,13 +13,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from app import hub
-from app.dataset_meta import VERSION, Meta, read_meta
+from app.columns import read_columns
+from app.dataset_meta import JOINTS, VECTORS, VERSION, Meta, read_meta
 from certs.errors import DatasetError
 
 if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+# Seconds: lerobot finds a frame's image by its timestamp and refuses one further off than this.
+_TOLERANCE = 1e-4
 _FRAGMENT = re.compile(r"episodes=(\d+):(\d+)")
 
 
@@ -130,6 +135,7 @@ def open_dataset(uri: str, *, held_out: float, seed: int) -> SiteDataset:
         _fetch(source, ["meta/*", *(file.as_posix() for file in files)])
     for file in files:
         _require(root / file, uri)
+    _check_rows(root, meta, chosen)
     if len(chosen) < 2:
         raise DatasetError(
             f"dataset {uri} gives {len(chosen)} episode: training and held-out evaluation need at least two."
@@ -190,6 +196,38 @@ def _require(file: Path, uri: str) -> None:
         ) from None
     if size == 0:
         raise DatasetError(f"{file} is empty, which {uri} needs: copy the dataset again, whole.")
+
+
+def _check_rows(root: Path, meta: Meta, chosen: Sequence[int]) -> None:
+    """Hold the data files against the metadata: rows of each episode, widths, and timestamps that fit the fps."""
+    by_file: dict[Path, list[int]] = {}
+    for index in chosen:
+        by_file.setdefault(root / meta.episodes[index].data, []).append(index)
+    for path, episodes in by_file.items():
+        columns = read_columns(
+            path, ["episode_index", "frame_index", "timestamp", "index", "task_index", *VECTORS]
+        )
+        for key in VECTORS:
+            if columns[key].shape[1:] != (len(JOINTS),):
+                raise DatasetError(
+                    f"{path} holds {key} that is not {len(JOINTS)} joints wide: record it again."
+                )
+        for index in episodes:
+            rows = columns["episode_index"] == index
+            episode = meta.episodes[index]
+            if not np.array_equal(columns["index"][rows], np.arange(episode.first, episode.last)):
+                raise DatasetError(
+                    f"{path} holds {rows.sum()} frames of episode {index} where the metadata lists frames "
+                    f"{episode.first} to {episode.last - 1}: copy the dataset again, whole."
+                )
+            late = np.abs(
+                columns["timestamp"][rows] - columns["frame_index"][rows] / meta.fps
+            ).max()
+            if late > _TOLERANCE:
+                raise DatasetError(
+                    f"episode {index} in {path} has timestamps {late:.4f} s off {meta.fps} frames per second: "
+                    "correct fps in meta/info.json or record the episode again."
+                )
 
 
 def _fetch(repository: str, patterns: list[str]) -> Path:

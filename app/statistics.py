@@ -125,61 +125,23 @@ def _columns(dataset: "SiteDataset") -> dict[str, Vector]:
     by_file: dict[Path, list[int]] = {}
     for index in dataset.train_episodes:
         by_file.setdefault(dataset.root / dataset.meta.episodes[index].data, []).append(index)
-    parts = [_read_file(dataset, path, episodes) for path, episodes in by_file.items()]
+    parts = [_of_file(path, episodes) for path, episodes in by_file.items()]
     return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
 
 
-def _read_file(dataset: "SiteDataset", path: Path, episodes: list[int]) -> dict[str, Vector]:
-    """The rows of these episodes in one data file, checked."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _of_file(path: Path, episodes: list[int]) -> dict[str, Vector]:
+    """The rows of these episodes in one data file."""
+    from app.columns import read_columns
 
-    try:
-        # Selected in numpy: pyarrow's filters would import pandas, a second of CPU.
-        with pq.ParquetFile(path) as file:
-            table = file.read(columns=["episode_index", *KEYS])
-        owner = _numbers(table["episode_index"])
-        chosen = np.isin(owner, episodes)
-        owner = owner[chosen]
-        columns = {key: _matrix(table[key])[chosen] for key in KEYS}
-    except (OSError, pa.ArrowException, ValueError, TypeError, LookupError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise DatasetError(f"{path} cannot be read ({reason}): copy the dataset again.") from error
-    for index in episodes:
-        rows, frames = int((owner == index).sum()), dataset.frames([index])
-        if rows != frames:
-            raise DatasetError(
-                f"{path} holds {rows} frames of episode {index} where the metadata counts {frames}: "
-                "copy the dataset again, whole."
-            )
-    for key, values in columns.items():
+    columns = read_columns(path, ["episode_index", *KEYS])
+    chosen = np.isin(columns["episode_index"], episodes)
+    owner = columns["episode_index"][chosen]
+    vectors = {key: columns[key][chosen].astype(np.float64) for key in KEYS}
+    for key, values in vectors.items():
         broken = ~np.isfinite(values).all(axis=1)
         if broken.any():
             raise DatasetError(
                 f"episode {owner[broken][0]} in {path} holds values of {key} that are not finite: "
                 "delete or record the episode again."
             )
-    return columns
-
-
-def _matrix(column: Any) -> Vector:
-    """A parquet column of lists as [rows, 6]; a reshape alone would not notice rows of other lengths."""
-    import pyarrow.compute as pc
-
-    if (_numbers(pc.list_value_length(column)) != DIMENSIONS).any():
-        raise ValueError(f"a row is not {DIMENSIONS} joints wide")
-    return _numbers(pc.list_flatten(column)).astype(np.float64).reshape(-1, DIMENSIONS)
-
-
-def _numbers(column: Any) -> NDArray[Any]:
-    """A numeric pyarrow column as numpy reads its buffer; pyarrow's own conversions would import pandas."""
-    array = column.combine_chunks()
-    if array.null_count:
-        raise ValueError("a value is missing")
-    dtypes = {"float": np.float32, "double": np.float64, "int32": np.int32, "int64": np.int64}
-    dtype = dtypes.get(str(array.type))
-    if dtype is None:
-        raise ValueError(f"values are of type {array.type}")
-    return np.frombuffer(
-        array.buffers()[1], dtype, count=len(array), offset=array.offset * np.dtype(dtype).itemsize
-    )
+    return vectors
