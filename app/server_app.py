@@ -62,6 +62,8 @@ class _OneSentence(logging.Filter):
 def main(grid: Grid, context: Context) -> None:
     """Run the federation; ``FleetError`` ends the run as failed, with its sentence as the reason."""
     _log.addFilter(_OneSentence())
+    # Flower has a handler of its own; a library that sets one at the root would double each line.
+    _log.propagate = False
     Run(grid, str(context.run_id), RunConfig.parse(context.run_config)).execute()
 
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,23 @@ from certs.errors import ConfigError, FleetError, RunFailedError
 
 
 @pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
     """What Flower sets when it starts a task; short polls; runs in a temporary directory."""
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+    # main() takes Flower's logger off the root, where caplog listens.
+    logger = logging.getLogger("flwr")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "filters", [])
+    logger.addHandler(caplog.handler)
     monkeypatch.setenv("VLAFLEET_RUNS", str(tmp_path / "runs"))
     for function in (rounds.wait_for_sites, Exchange.__init__):
         assert function.__kwdefaults__
         monkeypatch.setitem(function.__kwdefaults__, "poll_s", 0.02)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 def moments(mean: float, count: int = 100) -> dict[str, statistics.Moments]:
