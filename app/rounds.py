@@ -25,6 +25,8 @@ POLL_S = 1.0
 # Flower calls a silent node offline after about 54 s, and a link that returns still delivers its
 # reply; a minute more covers links lost for almost two.
 OFFLINE_S = 60.0
+# Looks at sites in a second, all together: more sites are looked at less often.
+LOOKS = 20
 # Replies pulled at a time: each may be a whole model in memory.
 WORKERS = 2
 # A worker that waits this long for a site's upload no longer counts, so that two slow uplinks
@@ -204,6 +206,7 @@ class Exchange:
     def dispatch(self, messages: Mapping[Site, Message]) -> None:
         """Send each site its message; a site that is not online ends here."""
         asked = dict(messages)
+        self._poll_s = max(self._poll_s, len(asked) / LOOKS)
         try:
             online = bounded(self._online, self._left())
             for site in [site for site in asked if site.node not in online]:
@@ -301,11 +304,9 @@ class Exchange:
                 message_id = self._next()
                 if message_id is None:
                     return
-                # To pull for a node that is offline makes Flower answer with an error and throw
-                # the real reply away; without a pull, a link that returns still delivers it.
-                offline = self._waiting[message_id].node in self._offline_since
+                node = self._waiting[message_id].node
                 self._busy[me] = time.monotonic()
-            reply = None if offline else self._pull(message_id)
+            reply = self._pull(message_id, node)
             with self._changed:
                 del self._busy[me]
                 site = self._waiting.get(message_id)
@@ -335,8 +336,13 @@ class Exchange:
                 return message_id
         return None
 
-    def _pull(self, message_id: str) -> Message | None:
+    def _pull(self, message_id: str, node: int) -> Message | None:
         try:
+            # To pull for a node that is offline makes Flower answer with an error and throw the
+            # real reply away; without a pull, a link that returns still delivers it. So ask anew,
+            # right before: what _watch knows may be a second old.
+            if node not in self._online():
+                return None
             return next(iter(self._grid.pull_messages([message_id])), None)
         except Exception:  # noqa: BLE001 - whatever Flower raises: try again until the deadline
             return None

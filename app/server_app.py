@@ -208,7 +208,8 @@ class Run:
             _log.warning("round %d/%d fail: %s", number, self._config.rounds, reason)
         state.enter(Phase.DONE)
         loss = mean_loss(evaluated.values())
-        self._tell_loss(number, loss)
+        whole = all(site["state"] == State.COMPLETED for site in evaluated.values())
+        self._tell_loss(number, loss, whole=whole)
         asked = [*trained.values(), *evaluated.values()]
         self._journal.append(
             {
@@ -342,11 +343,14 @@ class Run:
             *(what, outcome.site.name, outcome.state.value, reason, detail, outcome.seconds),
         )
 
-    def _tell_loss(self, number: int, loss: float | None) -> None:
+    def _tell_loss(self, number: int, loss: float | None, *, whole: bool) -> None:
         if loss is None:
             return
         change = ""
-        if number == 0:
+        # Means over different sites do not compare.
+        if not whole:
+            change = ", not of all sites"
+        elif number == 0:
             self._base_loss = loss
         elif self._base_loss:
             change = f", {100 * (loss / self._base_loss - 1):+.1f} % against round 0"

@@ -261,7 +261,7 @@ def test_a_site_that_fails_does_not_stop_the_others(
     tiny_base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sites = two()
-    sites["site-b"].override = {2: error, 4: poison}
+    sites["site-b"].override = {2: error, 4: poison, 5: error}
     directory = start(sites, tiny_base)
     one, two_ = read_rounds(directory)[1:]
     assert one["sites"]["site-b"]["train"]["state"] == "error"
@@ -271,6 +271,7 @@ def test_a_site_that_fails_does_not_stop_the_others(
     assert two_["sites"]["site-b"]["train"]["state"] == "invalid"
     assert "not finite" in two_["sites"]["site-b"]["train"]["reason"]
     assert "round 1/2 train: site-b error, The disk is full: clean it." in caplog.text
+    assert "round 2/2: held-out loss 1.500, not of all sites" in caplog.messages
     # Only site-a's step of 0.5 was taken, twice.
     moved = np.array(sites["site-a"].means) - sites["site-a"].means[0]
     np.testing.assert_allclose(moved[-1], 1.0, atol=1e-4)
