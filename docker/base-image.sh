@@ -29,8 +29,12 @@ codename=$(. /etc/os-release && printf '%s' "$VERSION_CODENAME") # the copied Py
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-apt-get indextargets --format "deb [signed-by=$keyring] \$(REPO_URI) \$(RELEASE) \$(COMPONENT)" 'Identifier: Packages' |
-  grep -E " $codename(-updates|-security)? main\$" >"$stage/sources.list" ||
+list_sources() { # the machine's own mirror, whatever form its sources are written in
+  apt-get indextargets --format "deb [signed-by=$keyring] \$(REPO_URI) \$(RELEASE) \$(COMPONENT)" 'Identifier: Packages' |
+    grep -E " $codename(-updates|-security)? main\$" >"$stage/sources.list"
+}
+# apt names its targets only once it has fetched them.
+list_sources || { apt-get update -qq && list_sources; } ||
   die "no apt source for Debian $codename main was found in /etc/apt: add one and run this again."
 
 # Only what running Python takes: no tests, no Tk, no static library. pip comes from the bundled ensurepip.

@@ -31,6 +31,8 @@ install_packages() {
   # shellcheck source=/dev/null
   codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
   local mirror from=""
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq # apt names its targets only once it has fetched them
   # The archive this machine installs from, whatever form its sources are written in.
   # shellcheck disable=SC2016 # apt-get fills in $(...), not the shell
   mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Identifier: Packages' |
@@ -44,19 +46,18 @@ install_packages() {
     if [ -z "$(apt-get indextargets --format '$(RELEASE)' "Release: $suite")" ]; then
       printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n' "$mirror" "$suite" "$keyring" \
         >"/etc/apt/sources.list.d/$suite.sources"
+      apt-get update -qq
     fi
     from="/$suite"
   elif [ "$codename" != "$suite" ]; then
     die "Docker $engine_min or newer with compose $compose_min is missing and this script knows only Debian 12 and 13, not '${codename:-unknown}': install Docker as its documentation says."
   fi
   say "installing Docker from Debian $suite ..."
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq
-  # runc and iptables of the running release are new enough; mmdebstrap makes the stand-in base image
-  # (docker/base-image.sh) where no image registry answers.
+  # runc, iptables and tini come from the running release: they are new enough, and the next release's tini would
+  # take its libc along. mmdebstrap makes the stand-in base image (docker/base-image.sh) where no registry answers.
   apt-get install -y -qq --no-install-recommends ca-certificates mmdebstrap \
     "docker.io$from" "docker-cli$from" "containerd$from" "docker-buildx$from" "docker-compose$from" \
-    "tini$from" runc iptables >/dev/null
+    runc iptables tini >/dev/null
 }
 
 start_engine() {
@@ -66,16 +67,18 @@ start_engine() {
   if [ -d /run/systemd/system ]; then
     systemctl start docker
   else
-    pgrep -x dockerd >/dev/null || rm -f /var/run/docker.pid # left by an engine that was killed: dockerd would refuse to start
+    # Left by an engine that was killed: dockerd would refuse to start.
+    grep -qs dockerd "/proc/$(cat /var/run/docker.pid 2>/dev/null)/cmdline" || rm -f /var/run/docker.pid
     setsid dockerd >/var/log/dockerd.log 2>&1 </dev/null &
   fi
   # It answered within 2 s wherever it was measured; 60 s covers a cold disk.
   for _ in $(seq 60); do
-    docker info >/dev/null 2>&1 && return
     sleep 1
+    docker info >/dev/null 2>&1 && return
+    [ -d /run/systemd/system ] || kill -0 $! 2>/dev/null || break
   done
-  tail -n 5 /var/log/dockerd.log >&2 || true
-  die "dockerd did not answer within 60 s: see /var/log/dockerd.log."
+  tail -n 1 /var/log/dockerd.log >&2 || true
+  die "dockerd did not start: /var/log/dockerd.log says why."
 }
 
 if ! { tools_present && { at_least "$engine_min" "$(engine_version)" || at_least "$engine_min" "$(daemon_version)"; }; }; then

@@ -1,13 +1,16 @@
 """The Dockerfiles as text, and what is in the images built from them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from certs.errors import ToolError
 from tests.docker.compose_project import ROOT, docker
 
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
@@ -44,6 +47,33 @@ def test_every_image_builds_on_the_same_pinned_base() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "docker").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_parse(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize("script", ["build-images.sh", "base-image.sh"])
+def test_no_engine_is_one_sentence_and_the_exit_code_of_a_missing_tool(script: str) -> None:
+    # mmdebstrap is looked for before the engine; `true` stands for it where it is not installed.
+    result = subprocess.run(
+        ["bash", "-c", f"mmdebstrap() {{ :; }}; export -f mmdebstrap; bash docker/{script}"],
+        cwd=ROOT,
+        env={**os.environ, "DOCKER_HOST": "unix:///nowhere/docker.sock"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == ToolError.exit_code
+    (sentence,) = result.stderr.splitlines()
+    assert "docker/install-engine.sh" in sentence
+
+
+@pytest.mark.docker
+def test_installing_the_engine_again_does_nothing(engine: None) -> None:
+    started = time.monotonic()
+    installed = subprocess.run(
+        ["bash", "docker/install-engine.sh"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert installed.returncode == 0
+    assert installed.stderr.startswith("install-engine: Docker ")
+    assert time.monotonic() - started < 10  # it asks for versions; an installation takes longer
 
 
 @pytest.mark.docker
