@@ -135,7 +135,7 @@ def test_a_sites_app_reaches_its_own_supernode_only(
             *(f"{address}:9090" for address in project.addresses("prometheus").values()),
             *(f"{gateway}:{port}" for gateway in gateways),
             "192.0.2.1:443",  # TEST-NET-1 (RFC 5737) stands for every address outside
-            "huggingface.co:443",
+            "example.org:443",
         ]
         for app in ("site-a-app", "superexec"):
             others = [target for target in elsewhere if app != "superexec" or "9092" not in target]
