@@ -263,7 +263,8 @@ def _create(root: Path, site: str) -> Any:
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from app.demo_scene import CAMERAS, FPS, HEIGHT, JOINTS, WIDTH
+    from app.dataset_meta import JOINTS
+    from app.demo_scene import CAMERAS, FPS, HEIGHT, WIDTH
 
     joints = {
         "dtype": "float32",

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.dataset_meta import JOINTS
 from app.demo_sites import REACH_X, REACH_Y, XYZ, SiteProfile
 from certs.errors import ToolError
 
-JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 CAMERAS = ("top", "wrist")
 
 # The environment's control rate.

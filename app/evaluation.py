@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.dataset import SiteDataset, readable
-from app.policy import JOINTS, Processors
+from app.dataset_meta import JOINTS
+from app.policy import Processors
 from app.training import require_finite_rows, to_batch
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate_rows(
     import torch
 
     losses: list[float] = []
-    squares, valid = np.zeros(JOINTS), 0
+    squares, valid = np.zeros(len(JOINTS)), 0
     device = torch.device(policy.config.device)
     was_training = policy.training
     policy.eval()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app import hub
+from app.dataset_meta import JOINTS
 from app.tiny_base import ensure_tiny_base
 from certs.errors import ModelError
 
@@ -26,8 +27,6 @@ CAMERAS = {
     "observation.images.wrist": "observation.images.camera2",
     "observation.images.side": "observation.images.camera3",
 }
-# Shoulder pan, shoulder lift, elbow flex, wrist flex, wrist roll, gripper.
-JOINTS = 6
 
 # With train_expert_only, lerobot freezes the whole VLM and trains everything else: 155 of SmolVLA's 500 tensors.
 _FROZEN_PREFIX = "model.vlm_with_expert.vlm."
@@ -233,9 +232,10 @@ def _check(base: Path) -> None:
     inputs, outputs = config.get("input_features") or {}, config.get("output_features") or {}
     for key, features in (("observation.state", inputs), ("action", outputs)):
         shape = (features.get(key) or {}).get("shape")
-        if shape != [JOINTS]:
+        if shape != [len(JOINTS)]:
             raise ModelError(
-                f"{base / 'config.json'} gives {key} the shape {shape}: the federation's arms have {JOINTS} joints."
+                f"{base / 'config.json'} gives {key} the shape {shape}: "
+                f"the federation's arms have {len(JOINTS)} joints."
             )
     missing = [camera for camera in list(CAMERAS.values())[:2] if camera not in inputs]
     if missing:

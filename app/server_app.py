@@ -21,10 +21,11 @@ from app.aggregation import Accumulator, mean_loss, mean_rmse
 from app.checkpoint import WEIGHTS, write_checkpoint
 from app.client_app import METRICS, REQUEST
 from app.config import RunConfig, models_directory
+from app.dataset_meta import JOINTS
 from app.description import Description
 from app.journal import Journal, runs_root
 from app.payload import PayloadError
-from app.policy import JOINTS, frozen_hash, resolve_model, trainable_names
+from app.policy import frozen_hash, resolve_model, trainable_names
 from app.rounds import (
     Exchange,
     Outcome,
@@ -374,7 +375,7 @@ def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
     for name, value in metrics.items():
         sound = value is None or type(value) is kinds[name]
         if isinstance(value, list):
-            sound = len(value) == JOINTS and all(type(joint) is float for joint in value)
+            sound = len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
         if not sound:
             raise PayloadError("metrics", f"The site reports {name} as {one_line(value)}.")
     return metrics

@@ -59,8 +59,9 @@ def ensure_tiny_base(models: Path) -> Path:
             work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=models))
             try:
                 _generate(work, target.resolve())
-                # mkdtemp makes the directory private; a site's containers run under other users.
-                work.chmod(0o755)
+                # mkdtemp and safetensors write for their owner alone; a site's containers run under other users.
+                for path in (work, *work.rglob("*")):
+                    path.chmod(0o755 if path.is_dir() else 0o644)
                 work.rename(target)
             finally:
                 shutil.rmtree(work, ignore_errors=True)

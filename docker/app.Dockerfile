@@ -43,8 +43,7 @@ RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
 # The demo's tiny base model, generated here (nothing is fetched) so that no site waits for it. The real model comes
 # from the hub cache instead (compose.gpu.yaml).
 RUN HF_HUB_OFFLINE=1 /opt/vlafleet/bin/python -c \
-    "from pathlib import Path; from app.tiny_base import ensure_tiny_base; ensure_tiny_base(Path('/var/lib/vlafleet/models'))" \
-    && chmod -R a+rX /var/lib/vlafleet
+    "from pathlib import Path; from app.tiny_base import ensure_tiny_base; ensure_tiny_base(Path('/var/lib/vlafleet/models'))"
 
 ENV PATH=/opt/vlafleet/bin:$PATH \
     PYTHONUNBUFFERED=1 \

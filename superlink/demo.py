@@ -206,6 +206,7 @@ def _follow(control: Control, processes: Processes, run_id: int) -> None:
 
 def _of_the_run(line: str) -> str | None:
     """Return what the ServerApp says, without Flower's own lines and level columns; warnings and errors whole."""
+    line = typer.unstyle(line)  # Flower colours its level column
     level, _, said = line.partition(" :")
     if level.strip() == "INFO":
         said = said.strip()

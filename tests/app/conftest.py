@@ -17,13 +17,14 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from app.dataset_meta import JOINTS
+
 # Before anything imports torch or huggingface_hub: one thread (tiny models get slower with more), no hub, own caches.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vlafleet-test-hf-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 TASK = "Pick up the cube and place it in the box."
 FPS = 30
 

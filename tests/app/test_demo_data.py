@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from app import demo_data, demo_scene
+from app.dataset_meta import JOINTS
 from app.demo_data import RECIPE, cli, layout_of, make_site
 from app.demo_sites import REACH_X, REACH_Y, profile_of
 from certs.errors import ConfigError, DatasetError, FleetError, ToolError
@@ -75,7 +76,7 @@ def test_it_is_a_lerobot_v3_recording_of_an_so101(made: Path) -> None:
     assert info["robot_type"] == "so101_follower"
     assert info["fps"] == 10
     assert info["total_episodes"] == EPISODES
-    names = [f"{joint}.pos" for joint in demo_scene.JOINTS]
+    names = [f"{joint}.pos" for joint in JOINTS]
     for key in ("observation.state", "action"):
         assert info["features"][key]["names"] == names
         assert info["features"][key]["dtype"] == "float32"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from app.dataset import open_dataset
 from app.statistics import (
@@ -27,7 +28,7 @@ from app.statistics import (
 from certs.errors import DatasetError
 
 
-def _of(values: np.ndarray) -> Moments:
+def _of(values: NDArray[np.float64]) -> Moments:
     mean = values.mean(axis=0)
     return Moments(len(values), mean, ((values - mean) ** 2).sum(axis=0))
 
@@ -36,7 +37,7 @@ def _data(root: Path) -> Path:
     return next((root / "data").rglob("*.parquet"))
 
 
-def _rows(root: Path, key: str, episodes: tuple[int, ...]) -> np.ndarray:
+def _rows(root: Path, key: str, episodes: tuple[int, ...]) -> NDArray[np.float64]:
     table = pq.read_table(_data(root)).to_pandas()
     return np.stack(table[table["episode_index"].isin(episodes)][key]).astype(np.float64)
 

@@ -75,6 +75,13 @@ def test_concurrent_callers_get_one_complete_directory(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
+def test_another_user_may_read_it(models: Path) -> None:
+    """A site's containers run under a user of their own."""
+    files = [path for path in (models / "tiny").rglob("*") if path.is_file()]
+    assert files
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
+
+
 def test_an_existing_base_is_not_touched(models: Path) -> None:
     file = models / "tiny" / "base" / "model.safetensors"
     before = file.stat().st_mtime_ns

@@ -195,11 +195,11 @@ def test_a_site_speaks_for_its_own_key_only(
 ) -> None:
     site = superlink.identity(Role.SITE, "site-a")
     headers = {
-        "another site's": lambda: node_header(superlink.identity(Role.SITE, "site-b")),
-        "unregistered": lambda: _fresh_node_key(superlink, tmp_path),
-        "garbled": lambda: {"flwr-public-key": "not base64!"},
-        "none": dict,
-    }[key]()
+        "another site's": node_header(superlink.identity(Role.SITE, "site-b")),
+        "unregistered": _fresh_node_key(superlink, tmp_path),
+        "garbled": {"flwr-public-key": "not base64!"},
+        "none": {},
+    }[key]
     answer = superlink.ask(method, site, headers=headers)
     assert answer.refused_by_guard, answer
     wanted = "another site's key" if key == "another site's" else "unregistered key"
