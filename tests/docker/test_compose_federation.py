@@ -23,8 +23,6 @@ LONG_RUNNING = {
     "superlink", "superexec", "site-a", "site-a-app", "site-b", "site-b-app", "prometheus",
 }  # fmt: skip
 ONE_SHOT = {"pki", "register", "run"}
-# From `docker compose up` to the first committed round, on 2 cores, images and data made.
-FIRST_ROUND_SECONDS = 90.0
 
 # Says for each address whether a TCP connection opens within 2 s; a closed port is an answer too.
 REACH = """
@@ -46,7 +44,6 @@ class Federation:
     """The running demo federation."""
 
     project: Project
-    first_round_seconds: float
 
 
 def records(project: Project) -> list[dict[str, Any]]:
@@ -59,6 +56,12 @@ def committed(project: Project) -> bool:
     """Whether round 1's model is on disk; it appears in one rename, before it is evaluated."""
     checkpoint = "/runs/latest/checkpoints/round-0001"
     return project.compose("exec", "-T", "superexec", "test", "-e", checkpoint).returncode == 0
+
+
+def checkpoints(project: Project) -> list[str]:
+    """Return the names of the run's checkpoints so far."""
+    listed = project.execute("superexec", "ls", "/runs/latest/checkpoints").split()
+    return [name for name in listed if name.startswith("round-")]
 
 
 def reached(project: Project, service: str, *targets: str) -> dict[str, str]:
@@ -80,13 +83,14 @@ def federation(project: Project) -> Iterator[Federation]:
             assert run["State"] == "running", project.output(*log, "run", "superexec", "site-a-app")
             assert time.monotonic() - started < 600, project.output(*log, "run")
             time.sleep(1)
-        yield Federation(project, time.monotonic() - started)
+        yield Federation(project)
     finally:
         project.compose("down", "--volumes", "--timeout", "10")
 
 
-def test_the_first_round_is_committed_in_time(federation: Federation) -> None:
-    assert federation.first_round_seconds < FIRST_ROUND_SECONDS
+def test_the_first_round_is_committed(federation: Federation) -> None:
+    """How soon is measured by ``benchmarks/first_round``: a test must not fail on a busy machine."""
+    assert 1 in [int(name[-4:]) for name in checkpoints(federation.project)]
 
 
 def test_every_service_is_healthy(federation: Federation) -> None:
