@@ -22,10 +22,10 @@ from app import tensorfile
 from app.durable import point, sync, write_json
 from app.payload import Tensors
 from app.policy import CAMERAS
+from app.tensorfile import WEIGHTS
 from certs.errors import ModelError
 
 SCHEMA = 1
-WEIGHTS = "model.safetensors"
 FEDERATION = "federation.json"
 LATEST = "latest"
 _PROCESSORS = ("policy_preprocessor", "policy_postprocessor")

@@ -5,15 +5,16 @@ Nothing here imports torch or lerobot before :func:`load_policy`: the ServerApp 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app import hub
+from app import hub, tensorfile
 from app.dataset_meta import JOINTS
+from app.tensorfile import WEIGHTS
 from app.tiny_base import ensure_tiny_base
 from certs.errors import ModelError
 
@@ -30,12 +31,10 @@ CAMERAS = {
 
 # With train_expert_only, lerobot freezes the whole VLM and trains everything else: 155 of SmolVLA's 500 tensors.
 _FROZEN_PREFIX = "model.vlm_with_expert.vlm."
-_WEIGHTS = "model.safetensors"
 # What SmolVLA reads from its VLM when the weights come from the policy's own file: configuration, tokenizer, processor.
 _VLM_FILES = ["*.json", "*.txt", "*.jinja"]
 # What a policy repository holds that loading needs; checkpoints of the optimiser and videos stay on the hub.
 _POLICY_FILES = ["*.json", "*.safetensors"]
-_READ = 1 << 22  # bytes hashed at a time: 4 MiB keep the disk busy and memory flat
 
 type Processors = tuple[Any, Any]
 """lerobot's pre- and post-processor pipelines."""
@@ -66,23 +65,21 @@ def resolve_model(name: str, models: Path) -> Path:
 
 def trainable_names(base: Path) -> list[str]:
     """The names of the tensors that cross the wire, sorted."""
-    return sorted(name for name in _header(base) if not name.startswith(_FROZEN_PREFIX))
+    found, _ = tensorfile.entries(base / WEIGHTS)
+    return sorted(name for name in found if not name.startswith(_FROZEN_PREFIX))
 
 
 def frozen_hash(base: Path) -> str:
     """sha256 over the frozen tensors (name, dtype, shape, bytes): sites that differ here train different models."""
-    header = _header(base)
+    path = base / WEIGHTS
+    found, _ = tensorfile.entries(path)
     digest = hashlib.sha256()
-    with (base / _WEIGHTS).open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        for name in sorted(header):
-            if name.startswith(_FROZEN_PREFIX):
-                entry = header[name]
-                first, last = entry["data_offsets"]
-                digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-                file.seek(start + first)
-                for block in _blocks(file, last - first):
-                    digest.update(block)
+    for name in sorted(found):
+        if name.startswith(_FROZEN_PREFIX):
+            entry = found[name]
+            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
+            for block in tensorfile.blocks(path, entry):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -119,7 +116,7 @@ def load_policy(base: Path, device: str) -> "SmolVLAPolicy":
             policy = SmolVLAPolicy.from_pretrained(base, config=config, strict=True)
     except RuntimeError as error:
         raise ModelError(
-            f"{base / _WEIGHTS} does not hold the tensors its config.json describes "
+            f"{base / WEIGHTS} does not hold the tensors its config.json describes "
             f"({str(error).splitlines()[0]}): fetch or export the model again."
         ) from error
     # AdamW on bfloat16 weights loses most updates: float32 masters.
@@ -243,7 +240,7 @@ def _check(base: Path) -> None:
             f"{base / 'config.json'} has no {' and no '.join(missing)}: "
             "the federation feeds the top camera to camera1 and the wrist camera to camera2."
         )
-    _header(base)
+    tensorfile.entries(base / WEIGHTS)
 
 
 def _config(base: Path) -> dict[str, Any]:
@@ -261,35 +258,3 @@ def _config(base: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object: fetch or export the model again.")
     return config
-
-
-def _header(base: Path) -> dict[str, Any]:
-    """Names, dtypes, shapes and offsets from the safetensors header (8 bytes of length, then JSON)."""
-    path = base / _WEIGHTS
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # The format caps the header at 100 MB; a larger number means that this is another kind of file.
-            header = json.loads(file.read(length)) if length <= 100_000_000 else None
-        if not isinstance(header, dict):
-            raise ValueError("no safetensors header")
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("the file is cut short")
-    except FileNotFoundError:
-        raise ModelError(f"{base} holds no {_WEIGHTS}: fetch or export the model again.") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(
-            f"{path} is not a complete safetensors file ({error}): fetch or export the model again."
-        ) from error
-    return header
-
-
-def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while size > 0:
-        block = file.read(min(_READ, size))
-        if not block:
-            return
-        size -= len(block)
-        yield block

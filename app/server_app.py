@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from app import payload, statistics, tensorfile
 from app.aggregation import Accumulator, mean_loss, mean_rmse
-from app.checkpoint import WEIGHTS, write_checkpoint
+from app.checkpoint import write_checkpoint
 from app.client_app import METRICS, REQUEST
 from app.config import RunConfig, models_directory
 from app.dataset_meta import JOINTS
@@ -36,6 +36,7 @@ from app.rounds import (
     one_line,
     wait_for_sites,
 )
+from app.tensorfile import WEIGHTS
 from certs.errors import DatasetError, FleetError, RunFailedError
 from certs.roles import checked_name
 

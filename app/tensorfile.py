@@ -19,6 +19,8 @@ import numpy as np
 from app.payload import Tensors
 from certs.errors import ModelError
 
+# What lerobot and transformers call the file of a saved policy's weights.
+WEIGHTS = "model.safetensors"
 # The library's own cap: a longer header means that this is another kind of file.
 _MAX_HEADER = 100_000_000
 # Bytes copied at a time: large enough for the disk, small enough for memory.
@@ -54,12 +56,24 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if end != path.stat().st_size:
             raise ValueError("it is cut short or empty")
     except FileNotFoundError:
-        raise ModelError(f"{path} does not exist: fetch or export the model again.") from None
+        raise ModelError(
+            f"{path.parent} holds no {path.name}: fetch or export the model again."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path} is not a complete safetensors file ({error}): fetch or export the model again."
         ) from error
     return found, metadata
+
+
+def blocks(path: Path, entry: Entry) -> Iterator[bytes]:
+    """The bytes of one tensor of a file, a few megabytes at a time."""
+    left = entry.size
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        while left > 0 and (block := file.read(min(left, _BLOCK))):
+            left -= len(block)
+            yield block
 
 
 def read(path: Path, names: Iterable[str]) -> Tensors:
@@ -120,9 +134,4 @@ def _bytes(
         array = np.ascontiguousarray(tensors[name], "<f4")
         yield array.reshape(-1).view(np.uint8).data
     elif base:
-        left = kept[name].size
-        with base.open("rb") as source:
-            source.seek(kept[name].start)
-            while left > 0 and (block := source.read(min(left, _BLOCK))):
-                left -= len(block)
-                yield block
+        yield from blocks(base, kept[name])
