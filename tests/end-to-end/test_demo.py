@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from superlink.demo import federation
+
 pytestmark = [pytest.mark.federation, pytest.mark.sim, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
@@ -177,3 +179,45 @@ def test_an_unknown_run_config_key_is_named(finished: tuple[str, Path, int]) -> 
     assert "unknown key 'local-stepz'" in output
     assert "Traceback" not in output
     assert_nothing_left(port, runs)
+
+
+def app_with_code(directory: Path) -> Path:
+    """An app whose bundle holds a ServerApp that would run in place of the installed one."""
+    (directory / "app").mkdir(parents=True)
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'fab-include = ["pyproject.toml"]' in project
+    project = project.replace(
+        'fab-include = ["pyproject.toml"]', 'fab-include = ["**/*.py", "pyproject.toml"]'
+    )
+    (directory / "pyproject.toml").write_text(project)
+    code = f"open({str(directory.parent / 'smuggled')!r}, 'w')"
+    (directory / "app" / "server_app.py").write_text(code)
+    return directory
+
+
+def test_runs_that_must_fail_say_why(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """A dataset that is not there, and a run that brings code of its own: a sentence each in the run's status."""
+    port = free_port()
+    datasets = {"site-a": str(tmp_path / "nowhere"), "site-b": "hf:nobody/nothing"}
+    with federation(tmp_path / "federation", datasets, tmp_path / "runs", port) as (
+        control,
+        processes,
+    ):
+        run_id = control.start(ROOT, [TINY])
+        log = "".join(control.follow(run_id))
+        status = control.status(run_id)
+        site_log = (processes.logs / "superexec-site-a.log").read_text()
+        smuggler = control.start(app_with_code(tmp_path / "smuggler"), [TINY])
+        "".join(control.follow(smuggler))
+        refused = control.status(smuggler)
+    assert (status.status, status.sub_status) == ("finished", "failed")
+    assert f"site-a: dataset directory {tmp_path / 'nowhere'} does not exist" in status.details
+    assert "site-b: " in status.details
+    assert "nobody/nothing" in status.details
+    assert "Traceback" not in log
+    assert "Traceback" not in site_log
+    assert not (tmp_path / "nowhere").exists()
+    assert (refused.status, refused.sub_status) == ("finished", "failed")
+    assert "carries app/server_app.py; a site runs only the code installed there" in refused.details
+    assert not (tmp_path / "smuggled").exists()
+    assert_nothing_left(port, tmp_path / "runs")
