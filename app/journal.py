@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.durable import point, sync, write_json
-from certs.errors import RunFailedError
+from certs.errors import RunFailedError, StorageError
 
 # Raised when a field's meaning changes; readers refuse versions they do not know.
 SCHEMA = 1
@@ -33,9 +33,15 @@ class Journal:
 
     def __init__(self, root: Path, run: str) -> None:
         self.directory = root / run
-        self.directory.mkdir(parents=True, exist_ok=True)
-        sync(root)
-        point(root / LATEST, run)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sync(root)
+            point(root / LATEST, run)
+        except OSError as error:
+            raise StorageError(
+                f"The run's directory {self.directory} cannot be made ({error.strerror}): check who "
+                "owns the directory that VLAFLEET_RUNS names."
+            ) from error
 
     def describe(self, record: Mapping[str, Any]) -> None:
         """Replace ``config.json``: what the run was asked for and, once known, who takes part."""

@@ -63,3 +63,9 @@ class ModelError(FleetError):
     """A model is missing, incomplete, or not the model the federation trains."""
 
     exit_code = 18
+
+
+class StorageError(FleetError):
+    """A directory that must hold state or results cannot be written."""
+
+    exit_code = 19

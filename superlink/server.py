@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, make_asgi_app
 
-from certs.errors import CertificateError
+from certs.errors import StorageError
 from certs.flower import quiet
 from certs.guard import Guard, Rule, allow
 from certs.identity import Identity
@@ -109,7 +109,7 @@ def _flower_app(host: str, port: int, state: Path) -> "FastAPI":
         (state / ".writable").touch()
         (state / ".writable").unlink()
     except OSError as error:
-        raise CertificateError(
+        raise StorageError(
             f"the state directory {state} cannot be written: {error.strerror}; check its owner"
         ) from error
     config = SuperLinkLifespanConfig(

@@ -96,7 +96,7 @@ def test_certs_from_nothing(tmp_path: Path, vlafleet: Vlafleet) -> None:
         ),
         (
             "superlink --identity {pki}/superlink/superlink --state /proc/none --port {free}",
-            10,
+            19,
             "cannot be written",
         ),
         (

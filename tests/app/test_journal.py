@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.journal import Journal, read_config, read_rounds, runs_root
-from certs.errors import RunFailedError
+from certs.errors import RunFailedError, StorageError
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -90,3 +90,9 @@ def test_runs_go_where_the_environment_says(
     monkeypatch.delenv("VLAFLEET_RUNS")
     monkeypatch.chdir(tmp_path)
     assert runs_root() == tmp_path / "runs"
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence() -> None:
+    with pytest.raises(StorageError, match="directory /proc/none/7 cannot be made") as caught:
+        Journal(Path("/proc/none"), "7")
+    assert "\n" not in str(caught.value)
