@@ -1,12 +1,14 @@
 """When a process last heard from its server: a file's modification time, for the health probe beside it."""
 
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from certs.errors import StorageError
 from certs.roles import Peer
 
 
@@ -23,6 +25,10 @@ def recorder(peer: Peer) -> Callable[[Any], None]:
     """
     path = contact_file(peer)
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    status = path.parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        # The temporary directory is everybody's: a link planted there would lead our writes elsewhere.
+        raise StorageError(f"{path.parent} belongs to somebody else; remove it, or set TMPDIR")
     path.unlink(missing_ok=True)
 
     def note(response: Any) -> None:
