@@ -76,11 +76,13 @@ def run(
     ] = 120.0,
 ) -> None:
     """Submit a run, follow its log, and end as it ends; Ctrl-C stops the run."""
-    from superlink.control import Control
+    from superlink.control import Control, run_request
 
-    with Control.connect(Identity.load(identity, Role.OPERATOR), superlink) as control:
+    loaded = Identity.load(identity, Role.OPERATOR)
+    request = run_request(app, run_config or [])
+    with Control.connect(loaded, superlink) as control:
         control.wait_online(site or [], wait)
-        run_id = control.start(app, run_config or [])
+        run_id = control.start(request)
         typer.echo(f"run {run_id} started")
         try:
             for text in control.follow(run_id):

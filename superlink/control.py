@@ -3,15 +3,19 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import click
 import httpx
+import typer
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,6 +34,7 @@ from certs.identity import Identity
 from certs.roles import checked_name
 
 if TYPE_CHECKING:
+    from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.control import ControlHttpClient
 
 # Between two looks at what changes in seconds (sites coming online, a run ending).
@@ -124,28 +129,8 @@ class Control:
                 )
             time.sleep(_POLL_SECONDS)
 
-    def start(self, app: Path, run_config: list[str]) -> int:
-        """Submit a run of the app whose ``pyproject.toml`` lies in ``app``; return the run id.
-
-        ``run_config`` are overrides in Flower's form, ``'key=value key=value'``.
-        """
-        from flwr.cli.build import build_fab_from_disk
-        from flwr.common.config import parse_config_args
-        from flwr.common.serde import fab_to_proto, user_config_to_proto
-        from flwr.proto.control_pb2 import StartRunRequest
-        from flwr.supercore.fab import Fab
-
-        if not (app / "pyproject.toml").is_file():
-            raise ConfigError(f"{app} holds no pyproject.toml; name the app's directory with --app")
-        try:
-            bundle = build_fab_from_disk(app)
-            overrides = parse_config_args(run_config)
-        except (ValueError, SystemExit) as error:
-            raise ConfigError(f"the run cannot be submitted: {error}") from error
-        request = StartRunRequest(
-            fab=fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})),
-            override_config=user_config_to_proto(overrides),
-        )
+    def start(self, request: "StartRunRequest") -> int:
+        """Submit a run; return its id."""
         with self._sentences():
             response = self._client.StartRun(request)
         if not response.HasField("run_id"):
@@ -206,6 +191,42 @@ class Control:
                 f"the SuperLink at {self._address} closed the connection ({error or type(error).__name__}); "
                 "its log names the reason, a revoked certificate among them"
             ) from error
+
+
+def run_request(app: Path, run_config: Sequence[str]) -> "StartRunRequest":
+    """Return the request for a run of the app whose ``pyproject.toml`` lies in ``app``.
+
+    ``run_config`` are overrides in Flower's form, ``'key=value key=value'``. Raises ``ConfigError`` for what
+    Flower would pass over (a word without ``=``) or refuse without naming it (an unknown key).
+    """
+    quiet()
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.config import parse_config_args
+    from flwr.common.serde import fab_to_proto, user_config_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    if not (app / "pyproject.toml").is_file():
+        raise ConfigError(f"{app} holds no pyproject.toml; name the app's directory with --app")
+    try:
+        project = tomllib.loads((app / "pyproject.toml").read_text())
+        known = set(project["tool"]["flwr"]["app"]["config"])
+        words = [word for line in run_config for word in shlex.split(line)]
+        overrides = parse_config_args(list(run_config))
+        bundle = build_fab_from_disk(app)
+    except (KeyError, ValueError, OSError, typer.Exit, click.ClickException) as error:
+        raise ConfigError(f"the run cannot be submitted: {error}") from error
+    for word in words:
+        if "=" not in word and not word.endswith(".toml"):
+            raise ConfigError(f"the run config holds {word!r}; write 'key=value key=value'")
+    if unknown := sorted(set(overrides) - known):
+        raise ConfigError(
+            f"the run config has the unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}"
+        )
+    return StartRunRequest(
+        fab=fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})),
+        override_config=user_config_to_proto(overrides),
+    )
 
 
 def flwr(identity: Identity, address: str, arguments: list[str]) -> None:

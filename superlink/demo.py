@@ -26,7 +26,7 @@ from certs.health import check
 from certs.identity import Identity, ensure_federation, identity_directory
 from certs.roles import SUPERLINK_NAME, Role
 from certs.server import bind
-from superlink.control import Control
+from superlink.control import Control, run_request
 
 SITES = ("site-a", "site-b")
 # Importing Flower takes 3 s on an idle core; five processes share two cores.
@@ -148,7 +148,9 @@ def federation(
 def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) -> None:
     """Make the demo data, run a federation of two sites, and print the closing table."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    bind("127.0.0.1", port).close()  # before a minute is spent on the data
+    # What can be refused is refused before a minute is spent on the data.
+    bind("127.0.0.1", port).close()
+    request = run_request(Path(), [run_config] if run_config else [])
     directory.mkdir(parents=True, exist_ok=True)
     sites = [argument for site in SITES for argument in ("--site", site)]
     _vlafleet("data", "make", str(data), *sites)
@@ -156,7 +158,7 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
     typer.echo("Starting SuperLink, SuperNodes and SuperExecs ...")
     with federation(directory, datasets, runs.absolute(), port) as (control, processes):
         typer.echo(f"{' and '.join(SITES)} are online, over mutual TLS; logs: {processes.logs}")
-        run_id = control.start(Path(), [run_config] if run_config else [])
+        run_id = control.start(request)
         try:
             _follow(control, processes, run_id)
         except KeyboardInterrupt:

@@ -151,6 +151,42 @@ def test_bad_input_is_one_sentence_and_a_code(
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("run_config", "words"),
+    [
+        (
+            "local-stepz=2",
+            "the unknown key 'local-stepz'; the keys are batch-size, eval-batches, held-out, lea",
+        ),
+        ("rounds 5", "holds 'rounds'; write 'key=value key=value'"),
+        (
+            "rounds=five",
+            "the run cannot be submitted: The provided configuration string is in an invalid format",
+        ),
+        ("none.toml", "the run cannot be submitted: [Errno 2] No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_wrong_run_config(
+    command: str,
+    run_config: str,
+    words: str,
+    pki: Path,
+    tmp_path: Path,
+    vlafleet: Vlafleet,
+    free_port: Callable[[], int],
+) -> None:
+    """Flower passes a word without '=' over and refuses an unknown key without naming it."""
+    port = free_port()
+    places = {
+        "run": ("--identity", pki / "operator" / "admin", "--superlink", f"localhost:{port}"),
+        "demo": ("--directory", tmp_path / "demo", "--data", tmp_path / "data", "--port", port),
+    }
+    done = vlafleet(command, *places[command], "-c", run_config, cwd=ROOT)
+    assert words in sentence(done, 17)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_site(superlink: Running, vlafleet: Vlafleet) -> None:
     from certs.roles import Role
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from superlink.control import run_request
 from superlink.demo import federation
 
 pytestmark = [pytest.mark.federation, pytest.mark.sim, pytest.mark.slow]
@@ -171,16 +172,6 @@ def test_killed_outright_leaves_nothing(finished: tuple[str, Path, int]) -> None
     assert_nothing_left(port, runs)
 
 
-def test_an_unknown_run_config_key_is_named(finished: tuple[str, Path, int]) -> None:
-    _, runs, port = finished
-    process = demo(port, runs, "-c", "local-stepz=2")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 16, output
-    assert "unknown key 'local-stepz'" in output
-    assert "Traceback" not in output
-    assert_nothing_left(port, runs)
-
-
 def app_with_code(directory: Path) -> Path:
     """An app whose bundle holds a ServerApp that would run in place of the installed one."""
     (directory / "app").mkdir(parents=True)
@@ -196,18 +187,21 @@ def app_with_code(directory: Path) -> Path:
 
 
 def test_runs_that_must_fail_say_why(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    """A dataset that is not there, and a run that brings code of its own: a sentence each in the run's status."""
+    """A dataset that is not there, a value out of range, code of its own: a sentence each in the run's status."""
     port = free_port()
     datasets = {"site-a": str(tmp_path / "nowhere"), "site-b": "hf:nobody/nothing"}
     with federation(tmp_path / "federation", datasets, tmp_path / "runs", port) as (
         control,
         processes,
     ):
-        run_id = control.start(ROOT, [TINY])
+        run_id = control.start(run_request(ROOT, [TINY]))
         log = "".join(control.follow(run_id))
         status = control.status(run_id)
         site_log = (processes.logs / "superexec-site-a.log").read_text()
-        smuggler = control.start(app_with_code(tmp_path / "smuggler"), [TINY])
+        wrong = control.start(run_request(ROOT, [TINY, "batch-size=0"]))
+        "".join(control.follow(wrong))
+        out_of_range = control.status(wrong)
+        smuggler = control.start(run_request(app_with_code(tmp_path / "smuggler"), [TINY]))
         "".join(control.follow(smuggler))
         refused = control.status(smuggler)
     assert (status.status, status.sub_status) == ("finished", "failed")
@@ -217,6 +211,8 @@ def test_runs_that_must_fail_say_why(tmp_path: Path, free_port: Callable[[], int
     assert "Traceback" not in log
     assert "Traceback" not in site_log
     assert not (tmp_path / "nowhere").exists()
+    assert (out_of_range.status, out_of_range.sub_status) == ("finished", "failed")
+    assert "batch-size" in out_of_range.details
     assert (refused.status, refused.sub_status) == ("finished", "failed")
     assert "carries app/server_app.py; a site runs only the code installed there" in refused.details
     assert not (tmp_path / "smuggled").exists()
