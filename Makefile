@@ -34,7 +34,9 @@ $(VENV)/bin/python:
 $(VENV)/.stamp: $(VENV)/bin/python requirements/tools.txt requirements/dev.txt pyproject.toml
 	@echo "Installing the locked packages into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/tools.txt requirements/dev.txt
+	# docopt has no wheel: what builds it is held to the same hashes.
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --build-constraints requirements/dev.txt \
+	  requirements/tools.txt requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline -e .
 	touch $@
 

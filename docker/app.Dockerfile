@@ -25,9 +25,10 @@ FROM ${BASE_IMAGE}
 # included, would compile the standard library and the packages again.
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=bind,source=requirements/app.txt,target=/requirements/app.txt \
+    --mount=type=bind,source=requirements/dev.txt,target=/requirements/dev.txt \
     /opt/tools/bin/uv venv --no-cache --quiet --python python3 /opt/vlafleet \
     && /opt/tools/bin/uv pip install --no-cache --quiet --python /opt/vlafleet/bin/python --compile-bytecode \
-        --require-hashes -r /requirements/app.txt \
+        --require-hashes --build-constraints /requirements/dev.txt -r /requirements/app.txt \
     && python3 -m compileall -q -x 'site-packages|lib2to3' /usr/local/lib/python3.12
 
 # A number of its own, so that a file mode means the same on the host; the directories exist with that owner, so that
