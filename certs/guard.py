@@ -34,7 +34,7 @@ FAILED_HANDSHAKES = Counter(
 _STATUS = 404
 # Flower's error form (flwr.supercore.error.FlowerError.from_json), so that its clients print the sentence. The code
 # lies outside Flower's own ranges.
-_BODY = b'{"code": 40400, "detail": "Refused by the role guard; the SuperLink\'s log says why."}'
+_BODY = b'{"code": 40400, "detail": "Refused by the role guard; the server\'s log says why."}'
 
 
 def allow(predicate: Callable[[Peer], bool]) -> Rule:
