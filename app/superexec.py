@@ -5,7 +5,6 @@ a bundle that carries code, and dies with its SuperExec: a ClientApp that ends g
 SuperNode waiting for a reply for ever (measured on Flower 1.41).
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -24,14 +23,13 @@ from certs.flower import (
     quiet,
 )
 from certs.identity import Identity
+from certs.parent import end_with_parent
 from certs.roles import Role
 
 _log = logging.getLogger("vlafleet.superexec")
 
 # Hands the identity from SuperExec to the task processes it starts.
 _IDENTITY = "VLAFLEET_IDENTITY"
-# prctl(2), option PR_SET_PDEATHSIG: the kernel signals this process when its parent ends, even by SIGKILL.
-_PR_SET_PDEATHSIG = 1
 
 
 def serve(identity: Identity, address: str) -> None:
@@ -74,10 +72,7 @@ def clientapp() -> None:
 
 
 def _prepare_task() -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # SuperExec ended before the request reached the kernel
-        os.kill(os.getpid(), signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     # Flower's logger has a handler of its own; alembic and others set up the root logger, which would say it all twice.
     logging.getLogger("flwr").propagate = False
     try:

@@ -5,7 +5,7 @@ at the end or on Ctrl-C, and by the kernel should it be killed.
 """
 
 import contextlib
-import ctypes
+import functools
 import os
 import queue
 import shutil
@@ -24,6 +24,7 @@ import typer
 from certs.errors import FleetError, RunFailedError
 from certs.health import check
 from certs.identity import Identity, ensure_federation, identity_directory
+from certs.parent import end_with_parent
 from certs.roles import SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
@@ -33,9 +34,6 @@ SITES = ("site-a", "site-b")
 _START_SECONDS = 120.0
 # A SuperNode tells the SuperLink that it goes, the SuperLink lets open requests end.
 _STOP_SECONDS = 15.0
-# prctl(2): a child gets this signal when its parent ends, however it ends.
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Processes:
                 # A terminal's Ctrl-C reaches this process alone, which then ends the others in order.
                 start_new_session=True,
                 # Safe: no thread runs yet while processes are started.
-                preexec_fn=_end_with_parent,  # noqa: PLW1509
+                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
             )
 
     def check(self) -> None:
@@ -242,7 +240,3 @@ def _vlafleet(*arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "vlafleet", *arguments], check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
-
-
-def _end_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
