@@ -5,12 +5,11 @@ Every command imports what it needs when it runs: Flower takes three seconds to 
 
 import logging
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import click
 import typer
 
+import app.cli
 import app.demo_data
 import app.report
 import certs.cli
@@ -34,38 +33,10 @@ cli.command(
     add_help_option=False,
 )(superlink.cli.flwr)
 cli.command()(supernode.cli.supernode)
+cli.command()(app.cli.superexec)
+cli.command()(certs.cli.health)
 cli.add_typer(app.demo_data.cli, name="data")
 cli.command()(app.report.report)
-
-
-@cli.command()
-def superexec(
-    identity: Annotated[
-        Path, typer.Option(envvar="VLAFLEET_IDENTITY", help="The SuperExec's identity directory.")
-    ],
-    address: Annotated[str, typer.Option(help="The Runtime API, host:port.")],
-) -> None:
-    """Run a SuperExec: it starts the ServerApp (at the SuperLink) or the ClientApp (at a site)."""
-    from app.superexec import serve
-    from certs.identity import Identity
-    from certs.roles import Role
-
-    serve(Identity.load(identity, Role.SUPEREXEC), address)
-
-
-@cli.command()
-def health(
-    identity: Annotated[
-        Path, typer.Option(envvar="VLAFLEET_IDENTITY", help="The identity of the process to probe.")
-    ],
-    address: Annotated[
-        str, typer.Option(help="Where the SuperLink listens (host:port), for its probe.")
-    ] = "localhost:9092",
-) -> None:
-    """Say whether the process with this identity does its work; exit 15 when it does not."""
-    from certs.health import check
-
-    typer.echo(check(identity, address))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``vlafleet certs``: the federation's authority and identities."""
+"""``vlafleet certs`` and ``health``, and the options that every process's command shares."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,14 @@ from certs.roles import Peer, Role
 
 cli = typer.Typer(no_args_is_help=True, help="The federation's authority and identities.")
 
+# What every command that runs or probes a process takes.
+IdentityOption = Annotated[
+    Path,
+    typer.Option(envvar="VLAFLEET_IDENTITY", help="The identity directory of the process."),
+]
+SuperLinkOption = Annotated[
+    str, typer.Option(envvar="VLAFLEET_SUPERLINK", help="The SuperLink, host:port.")
+]
 Pki = Annotated[
     Path, typer.Argument(help="The PKI directory; the authority lies in its folder 'ca'.")
 ]
@@ -98,3 +106,15 @@ def demo(
     """Make every identity of a federation on one machine: 'init' and all of 'issue' in one step."""
     for outcome, directory in ensure_federation(pki, federation, site, host or []):
         typer.echo(f"{outcome}: {directory}")
+
+
+def health(
+    identity: IdentityOption,
+    address: Annotated[
+        str, typer.Option(help="Where the SuperLink listens (host:port), for its probe.")
+    ] = "localhost:9092",
+) -> None:
+    """Say whether the process with this identity does its work; exit 15 when it does not."""
+    from certs.health import check
+
+    typer.echo(check(identity, address))

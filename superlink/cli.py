@@ -5,19 +5,12 @@ from typing import Annotated
 
 import typer
 
+from certs.cli import IdentityOption, SuperLinkOption
 from certs.errors import RunFailedError
 from certs.identity import Identity
 from certs.roles import Role
 
 site = typer.Typer(no_args_is_help=True, help="The federation's sites.")
-
-IdentityOption = Annotated[
-    Path,
-    typer.Option(envvar="VLAFLEET_IDENTITY", help="The identity directory to present."),
-]
-SuperLinkOption = Annotated[
-    str, typer.Option(envvar="VLAFLEET_SUPERLINK", help="The SuperLink, host:port.")
-]
 
 
 def superlink(

@@ -1,21 +1,17 @@
 """``vlafleet supernode``: the site operator's command."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from certs.cli import IdentityOption, SuperLinkOption
 from certs.identity import Identity
 from certs.roles import Role
 
 
 def supernode(
-    identity: Annotated[
-        Path, typer.Option(envvar="VLAFLEET_IDENTITY", help="The site's identity directory.")
-    ],
-    superlink: Annotated[
-        str, typer.Option(envvar="VLAFLEET_SUPERLINK", help="The SuperLink, host:port.")
-    ],
+    identity: IdentityOption,
+    superlink: SuperLinkOption,
     dataset: Annotated[
         str,
         typer.Option(help="The dataset as the site's ClientApp sees it: a path or hf:owner/name."),

@@ -56,3 +56,10 @@ def test_the_command_starts_without_flower() -> None:
     code = "import vlafleet, certs.health, sys; print('flwr' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_command_starts_without_the_apps_packages() -> None:
+    """The SuperLink's and the SuperNode's images hold no numpy and no pyarrow."""
+    code = "import vlafleet, sys; print(*sorted({'numpy', 'pyarrow', 'safetensors'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
