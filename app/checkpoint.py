@@ -21,7 +21,7 @@ import numpy as np
 from app import tensorfile
 from app.durable import point, sync, write_json
 from app.payload import Tensors
-from app.policy import CAMERAS
+from app.policy import CAMERAS, vlm_beside
 from app.tensorfile import WEIGHTS
 from certs.errors import ModelError
 
@@ -53,14 +53,13 @@ def write_checkpoint(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        vlm = base.parent / "vlm"
-        beside = str(vlm.resolve()) if (vlm / "config.json").is_file() else None
+        vlm = vlm_beside(base)
         config = _json(base / "config.json")
-        if beside:
-            config["vlm_model_name"] = beside
+        if vlm:
+            config["vlm_model_name"] = str(vlm)
         write_json(work / "config.json", config)
         for name in _PROCESSORS:
-            _processor(base, work, name, normalisation, beside)
+            _processor(base, work, name, normalisation, vlm)
         tensorfile.write(work / WEIGHTS, tensors, base=base / WEIGHTS)
         write_json(work / FEDERATION, {"schema": SCHEMA, **federation})
         sync(work)
@@ -78,7 +77,7 @@ def _processor(
     work: Path,
     name: str,
     normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
-    vlm: str | None,
+    vlm: Path | None,
 ) -> None:
     pipeline = _json(base / f"{name}.json")
     statistics: Tensors = {
@@ -92,7 +91,7 @@ def _processor(
             if kind == "rename_observations_processor":
                 settings["rename_map"] = CAMERAS
             elif kind == "tokenizer_processor" and vlm:
-                settings["tokenizer_name"] = vlm
+                settings["tokenizer_name"] = str(vlm)
             elif kind in _NORMALISERS:
                 state = step.get("state_file")
                 source = base / state if state else None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from app import payload
 from app.config import RunConfig, learning_rate, models_directory
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 # The record of a request that says which round it is, and of a reply that carries its metrics.
 REQUEST = "request"
 METRICS = "metrics"
-# flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-_RAISED = 2
 # Seconds between two progress lines: enough to see that it lives, few enough to read.
 _PROGRESS_S = 5.0
 
@@ -49,7 +48,9 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
             return Message(handler(message, context), reply_to=message)
         except FleetError as error:
             _log.error("%s: %s", handler.__name__, error)
-            return Message(Error(_RAISED, str(error)), reply_to=message)
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message
+            )
 
     return answered
 
@@ -69,14 +70,10 @@ def describe(_: Message, context: Context) -> RecordDict:
 @_answer
 def train(message: Message, context: Context) -> RecordDict:
     """Train the round's model on this site's episodes; reply with the change and its metrics."""
-    started = time.monotonic()
-    work = _prepare(message, context)
+    work = _prepare(message, context, "train")
     from app.training import train as train_policy
 
     config = work.config
-    first = (work.round - 1) * config.local_steps
-    ready = time.monotonic() - started
-    _log.info("round %d/%d train: ready after %.1f s", work.round, config.rounds, ready)
     result = train_policy(
         work.policy,
         work.processors,
@@ -85,7 +82,7 @@ def train(message: Message, context: Context) -> RecordDict:
         batch_size=config.batch_size,
         learning_rate=functools.partial(learning_rate, config),
         seed=config.seed,
-        global_step=first,
+        global_step=(work.round - 1) * config.local_steps,
         progress=_progress(work.round, config),
     )
     delta: Tensors = {
@@ -102,7 +99,7 @@ def train(message: Message, context: Context) -> RecordDict:
             "grad_norm": float(result.grad_norm),
             "frames": int(result.frames),
             "work_seconds": float(result.seconds),
-            "ready_seconds": ready,
+            "ready_seconds": work.ready_seconds,
         }
     )
     return records
@@ -112,13 +109,11 @@ def train(message: Message, context: Context) -> RecordDict:
 @_answer
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Measure the round's model on this site's held-out episodes."""
-    started = time.monotonic()
-    work = _prepare(message, context)
+    work = _prepare(message, context, "evaluate")
     from app.evaluation import evaluate as evaluate_policy
 
     config = work.config
-    ready = time.monotonic() - started
-    _log.info("round %d/%d evaluate: ready after %.1f s", work.round, config.rounds, ready)
+    started = time.monotonic()
     result = evaluate_policy(
         work.policy,
         work.processors,
@@ -132,8 +127,8 @@ def evaluate(message: Message, context: Context) -> RecordDict:
             "loss": float(result.loss),
             "frames": int(result.frames),
             "rmse_deg": [float(value) for value in result.rmse_deg],
-            "work_seconds": time.monotonic() - started - ready,
-            "ready_seconds": ready,
+            "work_seconds": time.monotonic() - started,
+            "ready_seconds": work.ready_seconds,
         }
     )
     return RecordDict({METRICS: metrics})
@@ -150,9 +145,12 @@ class _Work:
     policy: Any
     processors: Any
     trainable: dict[str, Any]
+    # From the message's arrival in this process until work can begin: imports and loading.
+    ready_seconds: float
 
 
-def _prepare(message: Message, context: Context) -> _Work:
+def _prepare(message: Message, context: Context, kind: str) -> _Work:
+    started = time.monotonic()
     config = RunConfig.parse(context.run_config)
     # Cheap checks first: a wrong path should not cost the import of lerobot.
     dataset = _dataset(context, config)
@@ -172,7 +170,9 @@ def _prepare(message: Message, context: Context) -> _Work:
         for name, parameter in trainable.items():
             parameter.copy_(torch.tensor(model.tensors[name]))
     processors = load_processors(base, policy, statistics)
-    return _Work(config, number, dataset, model, policy, processors, trainable)
+    ready = time.monotonic() - started
+    _log.info("round %d/%d %s: ready after %.1f s", number, config.rounds, kind, ready)
+    return _Work(config, number, dataset, model, policy, processors, trainable, ready)
 
 
 def _base(config: RunConfig, model: payload.Payload) -> Path:
@@ -209,7 +209,7 @@ def _text(context: Context, key: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(
             f"This site's node config has no {key!r}: start its SuperNode with "
-            '--node-config \'site="NAME" dataset="URI"\'.'
+            "'vlafleet supernode --dataset URI'."
         )
     return value
 

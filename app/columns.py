@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from certs.errors import DatasetError
+from certs.errors import DatasetError, first_line
 
 _DTYPES = {"float": np.float32, "double": np.float64, "int32": np.int32, "int64": np.int64}
 
@@ -30,8 +30,9 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             table = file.read(columns=list(names))
         return {name: _array(name, table[name]) for name in names}
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise DatasetError(f"{path} cannot be read ({reason}): copy the dataset again.") from error
+        raise DatasetError(
+            f"{path} cannot be read ({first_line(error)}): copy the dataset again."
+        ) from error
 
 
 def _array(name: str, column: Any) -> NDArray[Any]:

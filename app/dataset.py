@@ -200,10 +200,8 @@ def _require(file: Path, uri: str) -> None:
 
 def _check_rows(root: Path, meta: Meta, chosen: Sequence[int]) -> None:
     """Hold the data files against the metadata: rows of each episode, widths, and timestamps that fit the fps."""
-    by_file: dict[Path, list[int]] = {}
-    for index in chosen:
-        by_file.setdefault(root / meta.episodes[index].data, []).append(index)
-    for path, episodes in by_file.items():
+    for file, episodes in meta.data_files(chosen).items():
+        path = root / file
         columns = read_columns(
             path, ["episode_index", "frame_index", "timestamp", "index", "task_index", *VECTORS]
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certs.errors import DatasetError
+from certs.errors import DatasetError, first_line
 
 VERSION = "v3.0"
 # SO-100 and SO-101, from base to gripper. Recordings write them as "shoulder_pan.pos", older ones as
@@ -52,6 +52,13 @@ class Meta:
     cameras: tuple[str, ...]
     episodes: tuple[Episode, ...]
 
+    def data_files(self, episodes: Sequence[int]) -> dict[Path, list[int]]:
+        """Which of these episodes each data file holds; paths below the dataset's root."""
+        by_file: dict[Path, list[int]] = {}
+        for index in episodes:
+            by_file.setdefault(self.episodes[index].data, []).append(index)
+        return by_file
+
     def files(self, episodes: Sequence[int]) -> list[Path]:
         """The data and video files that these episodes are stored in, each once."""
         chosen = [self.episodes[index] for index in episodes]
@@ -71,7 +78,7 @@ def read_meta(root: Path) -> Meta:
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"{path} cannot be read ({_line(error)}): copy the dataset again."
+            f"{path} cannot be read ({first_line(error)}): copy the dataset again."
         ) from error
     if not isinstance(info, dict):
         raise DatasetError(f"{path} is not a JSON object: copy the dataset again.")
@@ -183,7 +190,7 @@ def _episodes(root: Path, info: dict[str, Any], features: dict[str, Any]) -> tup
         return tuple(_episode(row, info, videos) for row in rows)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(
-            f"{folder} and meta/info.json do not fit together ({type(error).__name__}: {_line(error)}): "
+            f"{folder} and meta/info.json do not fit together ({type(error).__name__}: {first_line(error)}): "
             "copy the dataset again."
         ) from error
 
@@ -231,9 +238,5 @@ def _table(paths: list[Path], columns: list[str], where: str) -> pa.Table:
         raise DatasetError(f"{where} is missing: copy the dataset again, whole.") from None
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(
-            f"{where} cannot be read ({_line(error)}): copy the dataset again."
+            f"{where} cannot be read ({first_line(error)}): copy the dataset again."
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

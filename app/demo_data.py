@@ -142,6 +142,8 @@ def _recipe(site: str, episodes: int, seed: int) -> dict[str, Any]:
 
     Raises DatasetError or ConfigError for a name or a number that cannot be.
     """
+    from app.dataset_meta import JOINTS
+
     profile = profile_of(site)
     if episodes < 2:
         raise ConfigError(f"episodes is {episodes}: a site needs at least 2, one is held out.")
@@ -160,6 +162,7 @@ def _recipe(site: str, episodes: int, seed: int) -> dict[str, Any]:
         "episodes": episodes,
         "seed": seed,
         "profile": asdict(profile),
+        "joints": JOINTS,
         "packages": packages,
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from certs.errors import first_line
+
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -48,12 +50,8 @@ def snapshot(
             )
         except (RevisionNotFoundError, LocalEntryNotFoundError) as error:
             if attempt is None:
-                raise NotInReachError(_first_line(error)) from error
+                raise NotInReachError(first_line(error)) from error
         # HfHubHTTPError (refused, gated, not found) is an OSError as well.
         except (OSError, HFValidationError) as error:
-            raise NotInReachError(_first_line(error)) from error
+            raise NotInReachError(first_line(error)) from error
     raise AssertionError  # the second attempt returns or raises
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:")

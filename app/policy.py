@@ -203,18 +203,23 @@ def _snapshot(repository: str, patterns: list[str], *, online: bool) -> Path:
         ) from error
 
 
+def vlm_beside(base: Path) -> Path | None:
+    """The VLM's directory beside ``base``, as the tiny base has it; None where there is none."""
+    beside = base.parent / "vlm"
+    return beside.resolve() if (beside / "config.json").is_file() else None
+
+
 def _vlm(base: Path, *, online: bool) -> Path:
     """The directory with the VLM's configuration and processor: beside the base, as config.json says, or cached."""
-    beside = base.parent / "vlm"
-    if (beside / "config.json").is_file():
-        return beside.resolve()
+    if beside := vlm_beside(base):
+        return beside
     name = str(_config(base).get("vlm_model_name"))
     if Path(name).is_dir():
         return Path(name)
     if not hub.is_repository(name):
         raise ModelError(
             f"{base / 'config.json'} names the VLM {name!r}, which is not on this machine: "
-            f"put its configuration and tokenizer into {beside}."
+            f"put its configuration and tokenizer into {base.parent / 'vlm'}."
         )
     return _snapshot(name, _VLM_FILES, online=online)
 

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from certs.errors import FleetError, RunFailedError
 
@@ -34,8 +35,6 @@ WORKERS = 2
 HELD_S = 10.0
 # Longer texts from a site are cut: they go to logs and records.
 TEXT = 300
-# flwr.common.constant.ErrorCode.NODE_UNAVAILABLE
-NODE_UNAVAILABLE = 5
 
 
 class State(StrEnum):
@@ -349,7 +348,7 @@ class Exchange:
 
     def _take(self, site: Site, reply: Message) -> None:
         if reply.has_error():
-            gone = reply.error.code == NODE_UNAVAILABLE
+            gone = reply.error.code == ErrorCode.NODE_UNAVAILABLE
             reason = one_line(reply.error.reason or f"Flower error {reply.error.code}")
             self._settle(site, State.OFFLINE if gone else State.ERROR, reason)
             return

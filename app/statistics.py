@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.dataset_meta import JOINTS, VECTORS
 from certs.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 type Vector = NDArray[np.float64]
 
-# observation.state and action, six joints each.
-KEYS = ("observation.state", "action")
-DIMENSIONS = 6
 # Degrees (per cent for the gripper). An encoder tick is 360/4096 = 0.09 degrees and the gears have about a degree of
 # play: a joint with less spread stood still, and dividing by that spread would turn its noise into the largest input.
 STD_FLOOR = 1.0
@@ -51,7 +49,7 @@ def merge(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
     """The moments of all parts together."""
     merged: dict[str, Moments] = {}
     for part in parts:
-        for key in KEYS:
+        for key in VECTORS:
             merged[key] = _merge(merged[key], part[key]) if key in merged else part[key]
     if not merged:
         raise DatasetError(
@@ -82,8 +80,8 @@ def from_bytes(data: bytes) -> dict[str, Moments]:
     """Read what :func:`to_bytes` wrote. Raises DatasetError for anything else: it comes from another machine."""
     try:
         content = json.loads(data)
-        moments = {key: _read(content[key]) for key in KEYS}
-        if len(content) != len(KEYS):
+        moments = {key: _read(content[key]) for key in VECTORS}
+        if len(content) != len(VECTORS):
             raise ValueError("unknown keys")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DatasetError(
@@ -97,7 +95,7 @@ def _read(entry: Any) -> Moments:
     vectors = [np.asarray(entry[name], np.float64) for name in ("mean", "m2")]
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count {count!r}")
-    if any(vector.shape != (DIMENSIONS,) or not np.isfinite(vector).all() for vector in vectors):
+    if any(vector.shape != (len(JOINTS),) or not np.isfinite(vector).all() for vector in vectors):
         raise ValueError("not six finite numbers")
     if (vectors[1] < 0).any():
         raise ValueError("a negative sum of squares")
@@ -122,21 +120,19 @@ def _merge(left: Moments, right: Moments) -> Moments:
 
 def _columns(dataset: "SiteDataset") -> dict[str, Vector]:
     """State and action [frames, 6] of the training episodes."""
-    by_file: dict[Path, list[int]] = {}
-    for index in dataset.train_episodes:
-        by_file.setdefault(dataset.root / dataset.meta.episodes[index].data, []).append(index)
-    parts = [_of_file(path, episodes) for path, episodes in by_file.items()]
-    return {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
+    files = dataset.meta.data_files(dataset.train_episodes)
+    parts = [_of_file(dataset.root / file, episodes) for file, episodes in files.items()]
+    return {key: np.concatenate([part[key] for part in parts]) for key in VECTORS}
 
 
 def _of_file(path: Path, episodes: list[int]) -> dict[str, Vector]:
     """The rows of these episodes in one data file."""
     from app.columns import read_columns
 
-    columns = read_columns(path, ["episode_index", *KEYS])
+    columns = read_columns(path, ["episode_index", *VECTORS])
     chosen = np.isin(columns["episode_index"], episodes)
     owner = columns["episode_index"][chosen]
-    vectors = {key: columns[key][chosen].astype(np.float64) for key in KEYS}
+    vectors = {key: columns[key][chosen].astype(np.float64) for key in VECTORS}
     for key, values in vectors.items():
         broken = ~np.isfinite(values).all(axis=1)
         if broken.any():

@@ -5,6 +5,11 @@ never collide with 1 (a crash) and 2 (wrong usage, from the command line parser)
 """
 
 
+def first_line(error: Exception) -> str:
+    """Return what a library's exception says, cut to one line for a sentence of ours; its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 class FleetError(Exception):
     """A failure whose message says what was wrong, where, and what to do."""
 

@@ -12,10 +12,6 @@ from certs.identity import Identity
 if TYPE_CHECKING:
     from flwr.server.superlink.linkstate import LinkStateFactory
 
-# Flower reports a node online until twice its heartbeat interval after the last heartbeat
-# (flwr.common.constant.HEARTBEAT_PATIENCE).
-_HEARTBEAT_PATIENCE = 2
-
 
 class FleetCollector(Collector):
     """A collector over Flower's LinkState; labels are bounded by the registered sites."""
@@ -30,6 +26,8 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the current values."""
+        from flwr.common.constant import HEARTBEAT_PATIENCE
+
         state = self._factory.state()
         online = GaugeMetricFamily(
             "vlafleet_site_online",
@@ -46,10 +44,9 @@ class FleetCollector(Collector):
                 continue
             online.add_metric([node.name], float(node.status == "online"))
             if node.online_until:
-                interval = node.heartbeat_interval
-                heartbeat.add_metric(
-                    [node.name], node.online_until - _HEARTBEAT_PATIENCE * interval
-                )
+                # Flower sets it to so many heartbeat intervals after the last heartbeat.
+                last = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+                heartbeat.add_metric([node.name], last)
         yield online
         yield heartbeat
         runs = GaugeMetricFamily(

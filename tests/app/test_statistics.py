@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from app.dataset import open_dataset
+from app.dataset_meta import VECTORS
 from app.statistics import (
-    KEYS,
     STD_FLOOR,
     Moments,
     from_bytes,
@@ -45,7 +45,7 @@ def _rows(root: Path, key: str, episodes: tuple[int, ...]) -> NDArray[np.float64
 def test_moments_are_those_of_the_training_rows(tiny_dataset: Path) -> None:
     dataset = open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
     moments = moments_of(dataset)
-    for key in KEYS:
+    for key in VECTORS:
         values = _rows(tiny_dataset, key, dataset.train_episodes)
         assert moments[key].count == len(values) == dataset.frames(dataset.train_episodes)
         np.testing.assert_allclose(moments[key].mean, values.mean(axis=0), rtol=1e-12)
@@ -81,10 +81,10 @@ def test_neither_held_out_rows_nor_stats_json_enter(tiny_dataset: Path, tmp_path
 def test_merging_equals_pooling(sizes: list[int], seed: int, offset: float) -> None:
     random = np.random.default_rng(seed)
     sites = [random.normal(offset + site, 1 + site, (size, 6)) for site, size in enumerate(sizes)]
-    parts = [dict.fromkeys(KEYS, _of(site)) for site in sites]
+    parts = [dict.fromkeys(VECTORS, _of(site)) for site in sites]
     pooled = np.concatenate(sites)
     for key, merged in merge(parts).items():
-        assert key in KEYS
+        assert key in VECTORS
         assert merged.count == len(pooled)
         # The absolute part is for sums that cancel to almost nothing: 360 degrees carry 6e-14 of rounding.
         np.testing.assert_allclose(merged.mean, pooled.mean(axis=0), rtol=1e-12, atol=1e-12)
@@ -95,7 +95,7 @@ def test_merging_is_exact_where_float32_cancels() -> None:
     # Mean 180 degrees, std 0.05: E[x^2] - E[x]^2 in float32 gives 0.0625.
     random = np.random.default_rng(0)
     sites = [random.normal(180, 0.05, (1000, 6)) for _ in range(4)]
-    merged = merge([dict.fromkeys(KEYS, _of(site)) for site in sites])["action"]
+    merged = merge([dict.fromkeys(VECTORS, _of(site)) for site in sites])["action"]
     np.testing.assert_allclose(
         merged.m2 / merged.count, np.concatenate(sites).var(axis=0), rtol=1e-12
     )
@@ -103,7 +103,7 @@ def test_merging_is_exact_where_float32_cancels() -> None:
 
 def test_the_order_of_sites_does_not_matter_beyond_rounding() -> None:
     random = np.random.default_rng(1)
-    parts = [dict.fromkeys(KEYS, _of(random.normal(5, 3, (size, 6)))) for size in (3, 50, 1, 20)]
+    parts = [dict.fromkeys(VECTORS, _of(random.normal(5, 3, (size, 6)))) for size in (3, 50, 1, 20)]
     one, other = merge(parts)["action"], merge(reversed(parts))["action"]
     np.testing.assert_allclose(one.m2, other.m2, rtol=1e-12)
 
@@ -116,7 +116,7 @@ def test_nothing_to_merge_is_an_error() -> None:
 def test_a_joint_that_stands_still_gets_the_floor() -> None:
     values = np.tile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], (10, 1))
     values[:, 0] = np.linspace(0, 90, 10)
-    result = normalisation(dict.fromkeys(KEYS, _of(values)))["action"]
+    result = normalisation(dict.fromkeys(VECTORS, _of(values)))["action"]
     assert result["std"][0] == pytest.approx(values[:, 0].std(), rel=1e-12)
     assert (result["std"][1:] == STD_FLOOR).all()
     np.testing.assert_array_equal(result["mean"], values.mean(axis=0))
@@ -124,9 +124,9 @@ def test_a_joint_that_stands_still_gets_the_floor() -> None:
 
 def test_bytes_restore_every_bit() -> None:
     random = np.random.default_rng(2)
-    moments = {key: _of(random.normal(math.pi, 1e-7, (7, 6))) for key in KEYS}
+    moments = {key: _of(random.normal(math.pi, 1e-7, (7, 6))) for key in VECTORS}
     restored = from_bytes(to_bytes(moments))
-    for key in KEYS:
+    for key in VECTORS:
         assert restored[key].count == 7
         assert restored[key].mean.tobytes() == moments[key].mean.tobytes()
         assert restored[key].m2.tobytes() == moments[key].m2.tobytes()
@@ -161,7 +161,7 @@ def test_refuses_bytes_that_are_not_statistics(data: bytes) -> None:
 def test_refuses_impossible_statistics(count: int, mean: list[float], m2: list[float]) -> None:
     bad = Moments(count, np.array(mean), np.array(m2))
     with pytest.raises(DatasetError, match="statistics cannot be read"):
-        from_bytes(to_bytes(dict.fromkeys(KEYS, bad)))
+        from_bytes(to_bytes(dict.fromkeys(VECTORS, bad)))
 
 
 def test_a_value_that_is_not_finite_is_one_sentence(tiny_dataset: Path, tmp_path: Path) -> None:
