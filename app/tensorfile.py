@@ -76,62 +76,131 @@ def blocks(path: Path, entry: Entry) -> Iterator[bytes]:
             yield block
 
 
-def read(path: Path, names: Iterable[str]) -> Tensors:
-    """The named tensors as float32; bfloat16 and float16 widen without loss."""
-    found, _ = entries(path)
-    tensors: Tensors = {}
-    with path.open("rb") as file:
+class Lazy(Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]):
+    """Named tensors of a file as float32, read anew at each access: memory is one tensor's worth.
+
+    bfloat16 and float16 widen without loss. The file stays readable when its directory is removed
+    meanwhile. ``ModelError`` when a tensor is not there.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self._path = path
+        found, _ = entries(path)
+        self._entries = {}
         for name in names:
             if name not in found:
                 raise ModelError(f"{path} has no tensor {name}: it is not the federation's model.")
-            entry = found[name]
-            file.seek(entry.start)
-            tensors[name] = _widen(name, entry.dtype, file.read(entry.size)).reshape(entry.shape)
-    return tensors
+            self._entries[name] = found[name]
+        self._file = path.open("rb")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        entry = self._entries[name]
+        raw = os.pread(self._file.fileno(), entry.size, entry.start)
+        if len(raw) != entry.size:
+            raise ModelError(f"{self._path} was cut short while it was read: restore it.")
+        return _widen(name, entry.dtype, raw).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # Mapping's own would read every tensor.
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+def read(path: Path, names: Iterable[str]) -> Tensors:
+    """The named tensors as float32, all in memory."""
+    return dict(Lazy(path, names))
 
 
 def _widen(name: str, dtype: str, raw: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
     if dtype == "BF16":
         # bfloat16 is the upper half of a float32.
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    if dtype in ("F32", "F16"):
-        return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
+    if dtype == "F16":
+        return np.frombuffer(raw, "<f2").astype(np.float32)
+    if dtype == "F32":
+        return np.frombuffer(raw, "<f4").astype(np.float32, copy=False)
     raise ModelError(f"Tensor {name} is stored as {dtype}: a trainable tensor is F32, BF16 or F16.")
 
 
+class Writer:
+    """A safetensors file whose float32 tensors are put in one by one, in any order.
+
+    Every other tensor of ``base`` but ``drop`` is copied as it is. The file is complete, and on
+    disk, when :meth:`close` returns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        base: Path | None = None,
+        drop: Iterable[str] = (),
+    ) -> None:
+        others, metadata = entries(base) if base else ({}, {"format": "pt"})
+        dropped = set(drop)
+        self._base = base
+        self._kept = {n: e for n, e in others.items() if n not in shapes and n not in dropped}
+        self._missing = set(shapes)
+        kinds = {name: ("F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()}
+        kinds |= {name: (e.dtype, e.shape, e.size) for name, e in self._kept.items()}
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        end = 0
+        # Widest type first, as the library writes it: every tensor then starts aligned to its type.
+        for name in sorted(kinds, key=lambda name: (-_SIZES[kinds[name][0]], name)):
+            dtype, shape, size = kinds[name]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header, self._first = header, 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def put(self, name: str, array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """Write one of the tensors that were announced; its shape must be the announced one."""
+        if list(array.shape) != self._header[name]["shape"]:
+            raise ValueError(f"{name} has the shape {array.shape}, not the announced one")
+        self._seek(name)
+        self._file.write(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Copy the base's tensors and sync; ``ValueError`` when an announced tensor was not put."""
+        with self._file:
+            if self._missing:
+                raise ValueError(f"{min(self._missing)} was announced and not written")
+            for name, entry in self._kept.items():
+                self._seek(name)
+                for block in blocks(self._base, entry) if self._base else ():
+                    self._file.write(block)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _seek(self, name: str) -> None:
+        self._file.seek(self._first + self._header[name]["data_offsets"][0])
+
+
 def write(
-    path: Path, tensors: Tensors, *, base: Path | None = None, drop: Iterable[str] = ()
+    path: Path,
+    tensors: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]],
+    *,
+    base: Path | None = None,
+    drop: Iterable[str] = (),
 ) -> None:
     """Write float32 ``tensors``, and every other tensor of ``base`` but ``drop`` as it is; fsynced."""
-    others, metadata = entries(base) if base else ({}, {"format": "pt"})
-    kept = {n: entry for n, entry in others.items() if n not in tensors and n not in set(drop)}
-    kinds = {name: ("F32", array.shape, array.nbytes) for name, array in tensors.items()}
-    kinds |= {name: (entry.dtype, entry.shape, entry.size) for name, entry in kept.items()}
-    # Widest type first, as the library writes it: every tensor then starts aligned to its type.
-    order = sorted(kinds, key=lambda name: (-_SIZES[kinds[name][0]], name))
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name in order:
-        dtype, shape, size = kinds[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little"))
-        target.write(text)
-        for name in order:
-            for block in _bytes(name, tensors, kept, base):
-                target.write(block)
-        target.flush()
-        os.fsync(target.fileno())
-
-
-def _bytes(
-    name: str, tensors: Tensors, kept: Mapping[str, Entry], base: Path | None
-) -> Iterator[bytes | memoryview]:
-    if name in tensors:
-        array = np.ascontiguousarray(tensors[name], "<f4")
-        yield array.reshape(-1).view(np.uint8).data
-    elif base:
-        yield from blocks(base, kept[name])
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    writer = Writer(path, shapes, base=base, drop=drop)
+    for name in tensors:
+        writer.put(name, tensors[name])
+    writer.close()

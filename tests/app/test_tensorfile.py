@@ -94,3 +94,33 @@ def test_what_is_not_a_tensor_file_is_refused(base: Path, tmp_path: Path) -> Non
         tensorfile.read(base, ["absent"])
     with pytest.raises(ModelError, match="stored as I64"):
         tensorfile.read(base, ["steps"])
+
+
+def test_lazy_tensors_are_read_at_each_access(base: Path) -> None:
+    names = ["train.bf16", "train.f32", "train.scalar"]
+    lazy = tensorfile.Lazy(base, names)
+    assert list(lazy) == names
+    assert lazy.shapes == {"train.bf16": (7,), "train.f32": (4,), "train.scalar": ()}
+    assert "steps" not in lazy
+    stored = load_file(base)
+    base.unlink()  # the open file outlives its name
+    for name in names:
+        assert np.array_equal(lazy[name], stored[name].float().numpy())
+        assert lazy[name] is not lazy[name]
+
+
+def test_tensors_can_be_put_in_any_order_and_none_may_be_forgotten(
+    base: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "new.safetensors"
+    writer = tensorfile.Writer(target, {"b": (2,), "a": (1, 2)}, base=base)
+    writer.put("b", np.array([3, 4], np.float32))
+    with pytest.raises(ValueError, match="shape"):
+        writer.put("a", np.zeros(2, np.float32))
+    writer.put("a", np.array([[1, 2]], np.float32))
+    writer.close()
+    after = load_file(target)
+    assert (after["a"].tolist(), after["b"].tolist()) == ([[1, 2]], [3, 4])
+    assert torch.equal(after["frozen.w"], load_file(base)["frozen.w"])
+    with pytest.raises(ValueError, match="a was announced and not written"):
+        tensorfile.Writer(target, {"a": (2,)}).close()
