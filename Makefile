@@ -64,7 +64,7 @@ images: ## the three container images, after installing Docker where it is missi
 lock: $(VENV)/bin/python ## resolve requirements/*.txt again from pyproject.toml, with hashes
 	@command -v $(BIN)/uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
 	export PATH="$(CURDIR)/$(BIN):$$PATH"
-	$(LOCK) --extra app --extra sim --extra dev pyproject.toml -o requirements/dev.txt
+	$(LOCK) --extra app --extra sim --extra simulation --extra dev pyproject.toml -o requirements/dev.txt
 	$(LOCK) -c requirements/dev.txt requirements/tools.in -o requirements/tools.txt
 	$(LOCK) --extra app -c requirements/dev.txt pyproject.toml -o requirements/app.txt
 	$(LOCK) -c requirements/dev.txt pyproject.toml -o requirements/base.txt
