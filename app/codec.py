@@ -18,14 +18,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-type Values = npt.NDArray[np.float32]
+type Array = npt.NDArray[np.float32]
 
 CODECS = ("fp32", "bf16", "int8", "int4")
 
 # Little-endian on every machine: the bytes mean the same at both ends.
 _F4 = np.dtype("<f4")
 _U2 = np.dtype("<u2")
-# Values that share an int4 scale: scales add 1/64 byte a value, and an outlier coarsens 127 others.
+# Array that share an int4 scale: scales add 1/64 byte a value, and an outlier coarsens 127 others.
 _GROUP = 128
 # The largest quantised values; their negatives are the smallest.
 _INT8, _INT4 = 127, 7
@@ -44,7 +44,7 @@ _PAIRS = np.array(
 )
 
 
-def encode(array: Values, codec: str) -> bytes:
+def encode(array: Array, codec: str) -> bytes:
     """The bytes of a float32 tensor of any shape; ``ValueError`` when a value is not finite."""
     if not bool(np.isfinite(array).all()):
         raise ValueError("a value is not finite")
@@ -63,7 +63,7 @@ def encode(array: Values, codec: str) -> bytes:
     raise ValueError(f"the codec {codec!r} is unknown")
 
 
-def decode(data: bytes | memoryview, shape: tuple[int, ...], codec: str) -> Values:
+def decode(data: bytes | memoryview, shape: tuple[int, ...], codec: str) -> Array:
     """The float32 tensor in ``data``, read-only where nothing had to be computed.
 
     ``ValueError`` when the size is not that of ``shape``, or a scale is not one ``encode`` writes.
@@ -105,20 +105,20 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def _encode8(rows: Values) -> bytes:
-    scales: Values = np.minimum(_largest(rows) / np.float32(_INT8), _MAX_SCALE8)
+def _encode8(rows: Array) -> bytes:
+    scales: Array = np.minimum(_largest(rows) / np.float32(_INT8), _MAX_SCALE8)
     scales[scales < _MIN_SCALE] = 0
     values: npt.NDArray[np.int8] = np.rint(rows / _divisors(scales)).astype(np.int8)
     return scales.astype(_F4).tobytes() + values.tobytes()
 
 
-def _decode8(data: bytes | memoryview, rows: int) -> Values:
+def _decode8(data: bytes | memoryview, rows: int) -> Array:
     scales = _checked(np.frombuffer(data, _F4, rows), _MAX_SCALE8)
     values = np.frombuffer(data, np.int8, offset=scales.nbytes).reshape(rows, -1)
     return values * scales[:, None]
 
 
-def _encode4(flat: Values) -> bytes:
+def _encode4(flat: Array) -> bytes:
     groups = -(-flat.size // _GROUP)
     padded = np.zeros((groups, _GROUP), np.float32)
     padded.reshape(-1)[: flat.size] = flat
@@ -134,7 +134,7 @@ def _encode4(flat: Values) -> bytes:
     return _upper_halves(scales).tobytes() + pairs[: -(-flat.size // 2)].tobytes()
 
 
-def _decode4(data: bytes | memoryview, count: int) -> Values:
+def _decode4(data: bytes | memoryview, count: int) -> Array:
     groups = -(-count // _GROUP)
     halves = np.frombuffer(data, _U2, groups)
     scales = _checked(_widen(halves), _MAX_SCALE4)
@@ -147,25 +147,25 @@ def _decode4(data: bytes | memoryview, count: int) -> Values:
     return values.reshape(-1)[:count]
 
 
-def _largest(rows: Values) -> Values:
+def _largest(rows: Array) -> Array:
     """The largest magnitude in each row."""
-    largest: Values = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    largest: Array = np.maximum(rows.max(axis=1), -rows.min(axis=1))
     return largest
 
 
-def _divisors(scales: Values) -> Values:
+def _divisors(scales: Array) -> Array:
     """A column to divide the rows by; a row without a scale rounds to zero whatever divides it."""
     return np.where(scales > 0, scales, np.float32(1))[:, None]
 
 
-def _checked(scales: Values, largest: np.float32) -> Values:
+def _checked(scales: Array, largest: np.float32) -> Array:
     # A comparison with NaN is false: this refuses NaN and infinity as well.
     if not bool(((scales >= 0) & (scales <= largest)).all()):
         raise ValueError("a scale is negative, not finite, or too large")
     return scales
 
 
-def _upper_halves(flat: Values) -> npt.NDArray[np.uint16]:
+def _upper_halves(flat: Array) -> npt.NDArray[np.uint16]:
     """Each float32 rounded half to even to a bfloat16, which is its upper half."""
     bits = flat.view(np.uint32)
     halves = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(_U2)
@@ -174,5 +174,5 @@ def _upper_halves(flat: Values) -> npt.NDArray[np.uint16]:
     return halves
 
 
-def _widen(halves: npt.NDArray[np.uint16]) -> Values:
+def _widen(halves: npt.NDArray[np.uint16]) -> Array:
     return (halves.astype(np.uint32) << 16).view(np.float32)

@@ -1,8 +1,11 @@
-"""What crosses the wire: named fp32 tensors as one flat run of bytes, and the manifest beside it.
+"""What crosses the wire: named float32 tensors, encoded into one run of bytes, and the manifest beside it.
 
-A payload is either a whole ``model`` (SuperLink to site) or a ``delta`` (site to SuperLink: trained
-minus base). Only trainable tensors travel. Flower handles one large array 2.5 to 3 times faster
-than hundreds of small ones, so all tensors share a single flat uint8 array.
+A ``model`` goes from the SuperLink to a site, in one of three forms: ``full`` (exact, needs nothing
+at the site), ``delta`` (a change of a model that the site holds) or ``held`` (no tensors: the site
+holds this very model). An ``update`` comes back: trained minus base. Only trainable tensors travel.
+Flower handles one large array 2.5 to 3 times faster than hundreds of small ones, so all tensors
+share a single flat uint8 array; a tensor is decoded when it is asked for, so that memory is the
+encoded bytes and one tensor.
 
 The manifest names what the bytes are and what they belong to. Every mismatch raises
 ``PayloadError``, whose ``reason`` is one of a few fixed words, fit for counting.
@@ -11,36 +14,45 @@ The manifest names what the bytes are and what they belong to. Every mismatch ra
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from app import codec as codecs
+from app.codec import Array
 from certs.errors import ModelError
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-type Tensors = dict[str, npt.NDArray[np.float32]]
-type Kind = Literal["model", "delta"]
+# May be lazy: it is read name by name, and never held whole.
+type Tensors = Mapping[str, Array]
+type Shapes = Mapping[str, tuple[int, ...]]
+type Kind = Literal["model", "update"]
+type Form = Literal["full", "delta", "held"]
 type Reason = Literal[
     "missing", "schema", "codec", "kind", "size", "checksum", "names", "dtype", "shape",
-    "base", "frozen", "finite", "frames", "metrics",
+    "base", "target", "frozen", "finite", "norm", "frames", "metrics",
 ]  # fmt: skip
 
 # Raised when the manifest's meaning changes; a site with another version is refused by name.
-SCHEMA = 1
-# Little-endian on every machine: the bytes mean the same at both ends.
-DTYPE = np.dtype("<f4")
+SCHEMA = 2
 
 # The records of a Flower message that hold a payload.
 ARRAYS = "payload"
 FLAT = "flat"
 MANIFEST = "manifest"
+
+# A payload's file starts with the length of its manifest.
+_LENGTH = 8
 
 
 class PayloadError(ModelError):
@@ -52,26 +64,139 @@ class PayloadError(ModelError):
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One tensor of a payload, and where its encoded bytes are."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _File:
+    """Flat bytes in a file. They are read, not mapped: mapped pages count as memory of the process."""
+
+    path: Path
+    start: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.path.open("rb") as file:
+            data = os.pread(file.fileno(), size, self.start + offset)
+        if len(data) != size:
+            raise PayloadError("size", f"{self.path} is cut short: restore it, or remove it.")
+        return data
+
+
+@dataclass(frozen=True)
 class Payload:
-    """Checked tensors off the wire; they are views of the received bytes, not copies."""
+    """Encoded tensors whose manifest was checked; ``pack``, ``parse`` or ``open`` makes one."""
 
     kind: Kind
-    # Canonical hash of the trainable tensors this is (model), or is a change to (delta).
-    base: str
+    codec: str
+    # Canonical hash of the trainable tensors this is a change of; null for a full model.
+    base: str | None
+    # Canonical hash of the trainable tensors this leads to; null for an update.
+    target: str | None
     # Hash of the frozen tensors the sender has.
     frozen: str
-    tensors: Tensors
+    # Of the flat bytes.
+    sha256: str
+    # In order of name.
+    entries: tuple[Entry, ...]
+    nbytes: int
+    _source: bytes | _File = field(repr=False, compare=False)
+
+    @property
+    def form(self) -> Form:
+        """``full``, ``delta`` or ``held``; an update is a ``delta``."""
+        if self.base is None:
+            return "full"
+        return "held" if self.base == self.target and not self.entries else "delta"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, in order of name."""
+        return {entry.name: entry.shape for entry in self.entries}
+
+    def tensor(self, name: str) -> Array:
+        """The decoded tensor; ``PayloadError`` when it is not there or its scales are damaged."""
+        entry = self._named.get(name)
+        if entry is None:
+            raise PayloadError("names", f"The payload has no tensor {name}.")
+        try:
+            return codecs.decode(self._bytes(entry), entry.shape, self.codec)
+        except ValueError as error:
+            raise PayloadError("finite", f"Tensor {name} cannot be decoded: {error}.") from error
+
+    def items(self) -> Iterator[tuple[str, Array]]:
+        """Each tensor with its name, in order of name, decoded when its turn comes."""
+        for entry in self.entries:
+            yield entry.name, self.tensor(entry.name)
+
+    def manifest(self) -> dict[str, Any]:
+        """What says, in JSON's types, what the flat bytes are."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "codec": self.codec,
+            "base": self.base,
+            "target": self.target,
+            "frozen": self.frozen,
+            "bytes": self.nbytes,
+            "sha256": self.sha256,
+            "tensors": [
+                {**vars(entry), "shape": list(entry.shape), "dtype": "float32"}
+                for entry in self.entries
+            ],
+        }
+
+    def flat(self) -> bytes:
+        """All encoded bytes; read from its file where the payload has one."""
+        if isinstance(self._source, _File):
+            return self._source.read(0, self.nbytes)
+        return self._source
+
+    def write(self, path: Path) -> None:
+        """Write manifest and bytes to a file that ``open`` reads; ``OSError`` as it comes."""
+        text = json.dumps(self.manifest()).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(_LENGTH, "little"))
+            file.write(text)
+            file.write(self.flat())
+
+    @classmethod
+    def open(cls, path: Path) -> Payload:
+        """A payload that reads each tensor from its file when asked for it.
+
+        The checksum is not computed again. ``PayloadError`` when it is no payload's file.
+        """
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            size = os.fstat(file.fileno()).st_size - _LENGTH - length
+            # A length beyond the end is no length: this is another kind of file.
+            text = file.read(length) if size >= 0 else b""
+        return _checked(_json(text), _File(path, _LENGTH + length), size)
+
+    @cached_property
+    def _named(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
+    def _bytes(self, entry: Entry) -> bytes | memoryview:
+        if isinstance(self._source, _File):
+            return self._source.read(entry.offset, entry.size)
+        return memoryview(self._source)[entry.offset : entry.offset + entry.size]
 
 
 def canonical_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     """sha256 over name, dtype, shape and little-endian bytes of each tensor, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.ascontiguousarray(given := tensors[name])
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         # The lengths fix where the header and the bytes end: two different sets of tensors can
         # never feed the digest the same stream.
-        header = json.dumps([name, array.dtype.name, list(array.shape)]).encode()
+        header = json.dumps([name, array.dtype.name, list(given.shape)]).encode()
         digest.update(len(header).to_bytes(8, "little"))
         digest.update(header)
         digest.update(array.nbytes.to_bytes(8, "little"))
@@ -80,109 +205,112 @@ def canonical_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def pack(
-    tensors: Mapping[str, npt.NDArray[np.float32]], *, kind: Kind, base: str, frozen: str
-) -> tuple[dict[str, Any], bytes]:
-    """The manifest of ``tensors`` (fp32), and their bytes in order of name."""
-    offset, entries, parts = 0, [], []
-    for name in sorted(tensors):
-        array = tensors[name]
-        if array.dtype != DTYPE:
-            raise PayloadError("dtype", f"Tensor {name} is {array.dtype}: only float32 is sent.")
-        entries.append(
-            {"name": name, "shape": list(array.shape), "dtype": "float32", "offset": offset}
-        )
-        parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        offset += array.nbytes
-    flat = b"".join(parts)
-    manifest = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "codec": "fp32",
-        "base": base,
-        "frozen": frozen,
-        "bytes": len(flat),
-        "sha256": hashlib.sha256(flat).hexdigest(),
-        "tensors": entries,
-    }
-    return manifest, flat
+    tensors: Iterable[tuple[str, Array]],
+    *,
+    kind: Kind,
+    codec: str,
+    base: str | None,
+    target: str | None,
+    frozen: str,
+) -> Payload:
+    """A payload of ``tensors`` (float32, in order of name), which are consumed one at a time."""
+    return pack_encoded(
+        ((name, array.shape, _encode(name, array, codec)) for name, array in tensors),
+        kind=kind,
+        codec=codec,
+        base=base,
+        target=target,
+        frozen=frozen,
+    )
 
 
-def unpack(manifest: Mapping[str, Any], buffer: bytes, *, kind: Kind) -> Payload:
-    """The tensors in ``buffer``, without copying; ``PayloadError`` on any mismatch."""
-    try:
-        return _unpack(manifest, buffer, kind)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PayloadError(
-            "schema", f"The manifest is malformed ({type(error).__name__}: {error})."
-        ) from error
+def pack_encoded(
+    parts: Iterable[tuple[str, tuple[int, ...], bytes]],
+    *,
+    kind: Kind,
+    codec: str,
+    base: str | None,
+    target: str | None,
+    frozen: str,
+) -> Payload:
+    """A payload of tensors that ``app.codec.encode`` has encoded: name, shape and bytes, in order of name."""
+    # BytesIO hands over what it gathered without copying; a join would hold everything twice.
+    flat, digest, entries, offset = io.BytesIO(), hashlib.sha256(), [], 0
+    for name, shape, data in parts:
+        entries.append(Entry(name, tuple(shape), offset, len(data)))
+        flat.write(data)
+        digest.update(data)
+        offset += len(data)
+    packed = Payload(
+        kind, codec, base, target, frozen, digest.hexdigest(), tuple(entries), offset,
+        flat.getvalue(),
+    )  # fmt: skip
+    _check(packed)
+    return packed
 
 
-def _unpack(manifest: Mapping[str, Any], buffer: bytes, kind: Kind) -> Payload:
-    if manifest["schema"] != SCHEMA:
-        raise PayloadError(
-            "schema",
-            f"The manifest has version {manifest['schema']}, this side speaks version {SCHEMA}: "
-            "run the same release of vlafleet everywhere.",
-        )
-    if manifest["codec"] != "fp32":
-        raise PayloadError("codec", f"The codec {manifest['codec']!r} is unknown: use 'fp32'.")
-    if manifest["kind"] != kind:
-        raise PayloadError("kind", f"A {kind} was expected and a {manifest['kind']} came.")
-    if manifest["bytes"] != len(buffer):
-        raise PayloadError(
-            "size", f"The manifest announces {manifest['bytes']} bytes and {len(buffer)} came."
-        )
-    if hashlib.sha256(buffer).hexdigest() != manifest["sha256"]:
+def encode_feedback(delta: Array, residual: Array | None, codec: str) -> tuple[bytes, Array, Array]:
+    """``delta`` encoded with error feedback: the bytes, what they decode to, and the new residual.
+
+    What the encoding leaves out is kept and added to the next round's delta, so that nothing is lost
+    for good (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847). ``ValueError`` when a
+    value is not finite.
+    """
+    wanted = delta if residual is None else delta + residual
+    data = codecs.encode(wanted, codec)
+    decoded = codecs.decode(data, delta.shape, codec)
+    return data, decoded, wanted - decoded
+
+
+def apply(base: Tensors, payload: Payload) -> Iterator[tuple[str, Array]]:
+    """The model that ``payload`` leads to, tensor by tensor in order of name.
+
+    One fp32 addition a value, and no other arithmetic: SuperLink and sites get the same bits.
+    """
+    if payload.form == "held":
+        for name in sorted(base):
+            yield name, base[name]
+        return
+    for name, array in payload.items():
+        yield name, array if payload.form == "full" else base[name] + array
+
+
+def parse(manifest: Mapping[str, Any], buffer: bytes, *, kind: Kind) -> Payload:
+    """The payload whose flat bytes are ``buffer``, which is not copied; ``PayloadError`` on any mismatch."""
+    payload = _checked(manifest, buffer, len(buffer))
+    if payload.kind != kind:
+        raise PayloadError("kind", f"A {kind} was expected and a {payload.kind} came.")
+    if hashlib.sha256(buffer).hexdigest() != payload.sha256:
         raise PayloadError("checksum", "The bytes do not have the checksum of their manifest.")
-    flat = np.frombuffer(buffer, np.uint8)
-    tensors: Tensors = {}
-    end, previous = 0, ""
-    for entry in manifest["tensors"]:
-        name, shape = entry["name"], tuple(entry["shape"])
-        if entry["dtype"] != "float32":
-            raise PayloadError("dtype", f"Tensor {name} is {entry['dtype']}: float32 is accepted.")
-        if not isinstance(name, str) or name in tensors or name < previous:
-            raise PayloadError("names", f"Tensor names are not sorted or not unique at {name!r}.")
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise PayloadError("shape", f"Tensor {name} has the shape {list(shape)}.")
-        if entry["offset"] != end:
-            raise PayloadError("size", f"Tensor {name} does not start where the one before ends.")
-        end += math.prod(shape) * DTYPE.itemsize
-        if end > len(flat):
-            raise PayloadError("size", f"Tensor {name} ends beyond the bytes that came.")
-        tensors[name] = flat[entry["offset"] : end].view(DTYPE).reshape(shape)
-        previous = name
-    if end != len(flat):
-        raise PayloadError("size", f"{len(flat) - end} bytes belong to no tensor.")
-    return Payload(kind, str(manifest["base"]), str(manifest["frozen"]), tensors)
+    return payload
 
 
-def check_tensors(tensors: Mapping[str, npt.NDArray[Any]], like: Mapping[str, Any]) -> None:
-    """Names and shapes of ``tensors`` equal those of ``like``; else ``PayloadError``."""
-    if tensors.keys() != like.keys():
-        missing = sorted(like.keys() - tensors.keys())
-        foreign = sorted(tensors.keys() - like.keys())
+def check_tensors(found: Shapes, like: Shapes) -> None:
+    """Names and shapes ``found`` equal those of ``like``; else ``PayloadError``."""
+    if found.keys() != like.keys():
+        missing = sorted(like.keys() - found.keys())
+        foreign = sorted(found.keys() - like.keys())
         what = f"{missing[0]} is missing" if missing else f"{foreign[0]} is not one of them"
         raise PayloadError("names", f"The tensors are not the model's trainable tensors: {what}.")
-    for name, array in tensors.items():
-        if array.shape != tuple(like[name].shape):
+    for name, shape in found.items():
+        if shape != tuple(like[name]):
             raise PayloadError(
                 "shape",
-                f"Tensor {name} has the shape {list(array.shape)}, the model's has "
-                f"{list(like[name].shape)}.",
+                f"Tensor {name} has the shape {list(shape)}, the model's has {list(like[name])}.",
             )
 
 
-def to_records(manifest: Mapping[str, Any], flat: bytes) -> RecordDict:
+def to_records(payload: Payload) -> RecordDict:
     """The two records of a Flower message that carry a payload."""
-    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+    from flwr.app import Array as FlowerArray
+    from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-    # "raw" rather than Flower's npy: it spares a copy of the whole model at either end.
-    array = Array("uint8", (len(flat),), "raw", flat)
+    # "raw" rather than Flower's npy: it spares a copy of the whole payload at either end.
+    array = FlowerArray("uint8", (payload.nbytes,), "raw", payload.flat())
     return RecordDict(
         {
             ARRAYS: ArrayRecord({FLAT: array}),
-            MANIFEST: ConfigRecord({"json": json.dumps(manifest)}),
+            MANIFEST: ConfigRecord({"json": json.dumps(payload.manifest())}),
         }
     )
 
@@ -194,11 +322,7 @@ def from_records(records: RecordDict, *, kind: Kind) -> Payload:
         buffer = records.array_records[ARRAYS][FLAT].data
     except KeyError as error:
         raise PayloadError("missing", f"The message carries no payload (no {error}).") from error
-    try:
-        manifest = json.loads(str(text))
-    except ValueError as error:
-        raise PayloadError("schema", f"The manifest is not JSON ({error}).") from error
-    return unpack(manifest, buffer, kind=kind)
+    return parse(_json(str(text)), buffer, kind=kind)
 
 
 def wire_bytes(records: RecordDict) -> int:
@@ -206,3 +330,106 @@ def wire_bytes(records: RecordDict) -> int:
     return sum(
         len(array.data) for record in records.array_records.values() for array in record.values()
     )
+
+
+def _encode(name: str, array: Array, codec: str) -> bytes:
+    if array.dtype != np.float32:
+        raise PayloadError("dtype", f"Tensor {name} is {array.dtype}: only float32 is sent.")
+    try:
+        return codecs.encode(array, codec)
+    except ValueError as error:
+        raise PayloadError("finite", f"Tensor {name} cannot be sent: {error}.") from error
+
+
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise PayloadError("schema", f"The manifest is not JSON ({error}).") from error
+
+
+def _checked(manifest: Mapping[str, Any], source: bytes | _File, size: int) -> Payload:
+    """The payload a manifest describes, if it can be one and its bytes are ``size``."""
+    try:
+        if manifest["schema"] != SCHEMA:
+            raise PayloadError(
+                "schema",
+                f"The manifest has version {manifest['schema']}, this side speaks version "
+                f"{SCHEMA}: run the same release of vlafleet everywhere.",
+            )
+        for entry in manifest["tensors"]:
+            if entry["dtype"] != "float32":
+                raise PayloadError(
+                    "dtype", f"Tensor {entry['name']} is {entry['dtype']}: float32 is accepted."
+                )
+        payload = Payload(
+            kind=cast(Kind, _text(manifest["kind"])),
+            codec=_text(manifest["codec"]),
+            base=manifest["base"] if manifest["base"] is None else _text(manifest["base"]),
+            target=manifest["target"] if manifest["target"] is None else _text(manifest["target"]),
+            frozen=_text(manifest["frozen"]),
+            sha256=_text(manifest["sha256"]),
+            entries=tuple(
+                Entry(_text(entry["name"]), tuple(entry["shape"]), entry["offset"], entry["size"])
+                for entry in manifest["tensors"]
+            ),
+            nbytes=manifest["bytes"],
+            _source=source,
+        )
+        _check(payload)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PayloadError(
+            "schema", f"The manifest is malformed ({type(error).__name__}: {error})."
+        ) from error
+    if payload.nbytes != size:
+        raise PayloadError(
+            "size", f"The manifest announces {payload.nbytes} bytes and {size} came."
+        )
+    return payload
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def _check(payload: Payload) -> None:
+    """Refuse a payload that contradicts itself."""
+    if payload.codec not in codecs.CODECS:
+        known = ", ".join(codecs.CODECS)
+        raise PayloadError("codec", f"The codec {payload.codec!r} is unknown: use one of {known}.")
+    if payload.kind == "model":
+        _check_model(payload)
+    elif payload.kind != "update":
+        raise PayloadError("kind", f"The kind {payload.kind!r} is unknown.")
+    elif payload.base is None or payload.target is not None:
+        raise PayloadError("base", "An update names the model it was made from, and no other.")
+    end, previous = 0, ""
+    for entry in payload.entries:
+        name, shape = entry.name, entry.shape
+        if name <= previous:
+            raise PayloadError("names", f"Tensor names are not sorted or not unique at {name!r}.")
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise PayloadError("shape", f"Tensor {name} has the shape {list(shape)}.")
+        if type(entry.offset) is not int or entry.offset != end:
+            raise PayloadError("size", f"Tensor {name} does not start where the one before ends.")
+        size = codecs.encoded_size(shape, payload.codec)
+        if type(entry.size) is not int or entry.size != size:
+            raise PayloadError(
+                "size",
+                f"Tensor {name} has {entry.size} bytes; in {payload.codec} its shape takes {size}.",
+            )
+        end += size
+        previous = name
+    if type(payload.nbytes) is not int or payload.nbytes != end:
+        raise PayloadError("size", f"The tensors take {end} bytes of {payload.nbytes}.")
+
+
+def _check_model(payload: Payload) -> None:
+    if payload.target is None:
+        raise PayloadError("target", "A model does not say which one it is.")
+    if payload.form == "full" and payload.codec != "fp32":
+        raise PayloadError("codec", f"A full model is exact, and not in {payload.codec}.")
+    if payload.form == "delta" and not payload.entries:
+        raise PayloadError("base", "A model without tensors names two different models.")
