@@ -150,7 +150,7 @@ class Updates:
                 f"The site's frozen tensors are {update.frozen[:12]}, the federation's are "
                 f"{self._frozen_hash[:12]}: use the same base model everywhere.",
             )
-        check_tensors({entry.name: entry.shape for entry in update.entries}, self._shapes)
+        check_tensors(update.shapes, self._shapes)
         if not 0 < frames <= MAX_FRAMES:
             raise PayloadError("frames", f"The update claims {frames} frames.")
         norm = math.sqrt(sum(_square(name, delta) for name, delta in update.items()))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from app.config import RunConfig
-from app.payload import Tensors
 from app.server_optimizer import STATE, step
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
@@ -78,7 +77,7 @@ def test_fedadam_is_the_plain_loop(
 
 def test_fedavgm_by_hand() -> None:
     config = RunConfig(strategy="fedavgm", server_learning_rate=0.5, server_momentum=0.5)
-    state = {"momentum": np.zeros(1, np.float32)}
+    state: dict[str, Any] = {"momentum": np.zeros(1, np.float32)}
     mean = np.ones(1, np.float32)
     assert [float(step(config, mean, state)[0]) for _ in range(3)] == [0.5, 0.75, 0.875]
     assert state["momentum"].tolist() == [1.75]
@@ -89,7 +88,7 @@ def test_fedadam_by_hand() -> None:
         strategy="fedadam", server_learning_rate=1.0, server_momentum=0.5, server_beta2=0.75,
         server_tau=1.0,
     )  # fmt: skip
-    state = {name: np.zeros(1, np.float32) for name in STATE["fedadam"]}
+    state: dict[str, Any] = {name: np.zeros(1, np.float32) for name in STATE["fedadam"]}
     # m = 0.5 * 2, v = 0.25 * 4, 1 / (1 + 1)
     assert float(step(config, np.full(1, 2.0, np.float32), state)[0]) == 0.5
     assert (state["momentum"].tolist(), state["second"].tolist()) == ([1.0], [1.0])
@@ -101,11 +100,12 @@ def test_a_run_taken_up_from_its_kept_state_ends_in_the_same_bits(strategy: str)
     draw = np.random.default_rng(0)
     means = [draw.standard_normal(50).astype(np.float32) for _ in range(6)]
     whole = changes(config, means)
-    state: Tensors = {name: np.zeros(50, np.float32) for name in STATE[strategy]}
+    state: dict[str, Any] = {name: np.zeros(50, np.float32) for name in STATE[strategy]}
     for mean in means[:3]:
         step(config, mean, state)
-    kept = {
-        name: np.frombuffer(array.tobytes(), np.float32).copy() for name, array in state.items()
+    # Read back as the server reads it: arrays that cannot be written to.
+    kept: dict[str, Any] = {
+        name: np.frombuffer(array.tobytes(), np.float32) for name, array in state.items()
     }
     for mean, change in zip(means[3:], whole[3:], strict=True):
         assert step(config, mean, kept).tobytes() == change.tobytes()
