@@ -76,7 +76,7 @@ def train(
     ``proximal_mu`` weighs FedProx's pull towards the weights at the start (Li et al. 2020, arXiv:1812.06127).
 
     Raises DatasetError for unreadable or non-finite data, ConfigError when the loss diverges, both before the step that
-    would have poisoned the weights; RunFailedError when ``deadline`` (of ``time.monotonic``) passes before the last step.
+    would have poisoned the weights; RunFailedError when ``deadline`` (``time.monotonic``) passes before the last step.
     """
     import torch
 
