@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class _Kept:
 
 
 class Updates:
-    """One round's accepted updates, in ``folder`` until :meth:`close`."""
+    """One round's accepted updates, in ``folder`` until the ``with`` block ends."""
 
     def __init__(
         self,
@@ -60,6 +60,12 @@ class Updates:
             folder.mkdir(parents=True)
         except OSError as error:
             raise self._storage(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -340,10 +340,9 @@ def test_what_a_dead_process_left_is_emptied_and_closing_removes_all(tmp_path: P
     folder = tmp_path / "runs" / "updates"
     folder.mkdir(parents=True)
     (folder / "00000").write_bytes(b"left behind")
-    updates = Updates(folder, SHAPES, base_hash=BASE, frozen_hash=FROZEN)
-    assert not list(folder.iterdir())
-    updates.add("a", update(GOOD), 1)
-    updates.close()
+    with Updates(folder, SHAPES, base_hash=BASE, frozen_hash=FROZEN) as updates:
+        assert not list(folder.iterdir())
+        updates.add("a", update(GOOD), 1)
     assert not folder.exists()
     assert len(updates) == 0
     updates.close()
