@@ -6,9 +6,6 @@ holds this very model). An ``update`` comes back: trained minus base. Only train
 Flower handles one large array 2.5 to 3 times faster than hundreds of small ones, so all tensors
 share a single flat uint8 array; a tensor is decoded when it is asked for, so that memory is the
 encoded bytes and one tensor.
-
-The manifest names what the bytes are and what they belong to. Every mismatch raises
-``PayloadError``, whose ``reason`` is one of a few fixed words, fit for counting.
 """
 
 from __future__ import annotations
@@ -21,30 +18,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app import codec as codecs
 from app.codec import Array
-from certs.errors import ModelError
+from app.manifest import Entry, Kind, Manifest, PayloadError, read
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
+__all__ = [
+    "Payload", "PayloadError", "Tensors", "apply", "canonical_hash", "check_tensors",
+    "encode_feedback", "from_records", "pack", "pack_encoded", "parse", "to_records", "wire_bytes",
+]  # fmt: skip
+
 # May be lazy: it is read name by name, and never held whole.
 type Tensors = Mapping[str, Array]
 type Shapes = Mapping[str, tuple[int, ...]]
-type Kind = Literal["model", "update"]
-type Form = Literal["full", "delta", "held"]
-type Reason = Literal[
-    "missing", "schema", "codec", "kind", "size", "checksum", "names", "dtype", "shape",
-    "base", "target", "frozen", "finite", "norm", "frames", "metrics",
-]  # fmt: skip
-
-# Raised when the manifest's meaning changes; a site with another version is refused by name.
-SCHEMA = 2
 
 # The records of a Flower message that hold a payload.
 ARRAYS = "payload"
@@ -53,24 +46,6 @@ MANIFEST = "manifest"
 
 # A payload's file starts with the length of its manifest.
 _LENGTH = 8
-
-
-class PayloadError(ModelError):
-    """A payload is not what its manifest, or the federation's model, says it is."""
-
-    def __init__(self, reason: Reason, sentence: str) -> None:
-        super().__init__(sentence)
-        self.reason: Reason = reason
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a payload, and where its encoded bytes are."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -89,35 +64,10 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Payload:
+class Payload(Manifest):
     """Encoded tensors whose manifest was checked; ``pack``, ``parse`` or ``open`` makes one."""
 
-    kind: Kind
-    codec: str
-    # Canonical hash of the trainable tensors this is a change of; null for a full model.
-    base: str | None
-    # Canonical hash of the trainable tensors this leads to; null for an update.
-    target: str | None
-    # Hash of the frozen tensors the sender has.
-    frozen: str
-    # Of the flat bytes.
-    sha256: str
-    # In order of name.
-    entries: tuple[Entry, ...]
-    nbytes: int
     _source: bytes | _File = field(repr=False, compare=False)
-
-    @property
-    def form(self) -> Form:
-        """``full``, ``delta`` or ``held``; an update is a ``delta``."""
-        if self.base is None:
-            return "full"
-        return "held" if self.base == self.target and not self.entries else "delta"
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, in order of name."""
-        return {entry.name: entry.shape for entry in self.entries}
 
     def tensor(self, name: str) -> Array:
         """The decoded tensor; ``PayloadError`` when it is not there or its scales are damaged."""
@@ -126,30 +76,13 @@ class Payload:
             raise PayloadError("names", f"The payload has no tensor {name}.")
         try:
             return codecs.decode(self._bytes(entry), entry.shape, self.codec)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise PayloadError("finite", f"Tensor {name} cannot be decoded: {error}.") from error
 
     def items(self) -> Iterator[tuple[str, Array]]:
         """Each tensor with its name, in order of name, decoded when its turn comes."""
         for entry in self.entries:
             yield entry.name, self.tensor(entry.name)
-
-    def manifest(self) -> dict[str, Any]:
-        """What says, in JSON's types, what the flat bytes are."""
-        return {
-            "schema": SCHEMA,
-            "kind": self.kind,
-            "codec": self.codec,
-            "base": self.base,
-            "target": self.target,
-            "frozen": self.frozen,
-            "bytes": self.nbytes,
-            "sha256": self.sha256,
-            "tensors": [
-                {**vars(entry), "shape": list(entry.shape), "dtype": "float32"}
-                for entry in self.entries
-            ],
-        }
 
     def flat(self) -> bytes:
         """All encoded bytes; read from its file where the payload has one."""
@@ -176,7 +109,7 @@ class Payload:
             size = os.fstat(file.fileno()).st_size - _LENGTH - length
             # A length beyond the end is no length: this is another kind of file.
             text = file.read(length) if size >= 0 else b""
-        return _checked(_json(text), _File(path, _LENGTH + length), size)
+        return _payload(text, _File(path, _LENGTH + length), size)
 
     @cached_property
     def _named(self) -> dict[str, Entry]:
@@ -245,7 +178,7 @@ def pack_encoded(
         kind, codec, base, target, frozen, digest.hexdigest(), tuple(entries), offset,
         flat.getvalue(),
     )  # fmt: skip
-    _check(packed)
+    packed.check()
     return packed
 
 
@@ -275,9 +208,9 @@ def apply(base: Tensors, payload: Payload) -> Iterator[tuple[str, Array]]:
         yield name, array if payload.form == "full" else base[name] + array
 
 
-def parse(manifest: Mapping[str, Any], buffer: bytes, *, kind: Kind) -> Payload:
+def parse(manifest: Mapping[str, Any] | str, buffer: bytes, *, kind: Kind) -> Payload:
     """The payload whose flat bytes are ``buffer``, which is not copied; ``PayloadError`` on any mismatch."""
-    payload = _checked(manifest, buffer, len(buffer))
+    payload = _payload(manifest, buffer, len(buffer))
     if payload.kind != kind:
         raise PayloadError("kind", f"A {kind} was expected and a {payload.kind} came.")
     if hashlib.sha256(buffer).hexdigest() != payload.sha256:
@@ -322,7 +255,7 @@ def from_records(records: RecordDict, *, kind: Kind) -> Payload:
         buffer = records.array_records[ARRAYS][FLAT].data
     except KeyError as error:
         raise PayloadError("missing", f"The message carries no payload (no {error}).") from error
-    return parse(_json(str(text)), buffer, kind=kind)
+    return parse(str(text), buffer, kind=kind)
 
 
 def wire_bytes(records: RecordDict) -> int:
@@ -341,95 +274,10 @@ def _encode(name: str, array: Array, codec: str) -> bytes:
         raise PayloadError("finite", f"Tensor {name} cannot be sent: {error}.") from error
 
 
-def _json(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PayloadError("schema", f"The manifest is not JSON ({error}).") from error
-
-
-def _checked(manifest: Mapping[str, Any], source: bytes | _File, size: int) -> Payload:
-    """The payload a manifest describes, if it can be one and its bytes are ``size``."""
-    try:
-        if manifest["schema"] != SCHEMA:
-            raise PayloadError(
-                "schema",
-                f"The manifest has version {manifest['schema']}, this side speaks version "
-                f"{SCHEMA}: run the same release of vlafleet everywhere.",
-            )
-        for entry in manifest["tensors"]:
-            if entry["dtype"] != "float32":
-                raise PayloadError(
-                    "dtype", f"Tensor {entry['name']} is {entry['dtype']}: float32 is accepted."
-                )
-        payload = Payload(
-            kind=cast(Kind, _text(manifest["kind"])),
-            codec=_text(manifest["codec"]),
-            base=manifest["base"] if manifest["base"] is None else _text(manifest["base"]),
-            target=manifest["target"] if manifest["target"] is None else _text(manifest["target"]),
-            frozen=_text(manifest["frozen"]),
-            sha256=_text(manifest["sha256"]),
-            entries=tuple(
-                Entry(_text(entry["name"]), tuple(entry["shape"]), entry["offset"], entry["size"])
-                for entry in manifest["tensors"]
-            ),
-            nbytes=manifest["bytes"],
-            _source=source,
-        )
-        _check(payload)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PayloadError(
-            "schema", f"The manifest is malformed ({type(error).__name__}: {error})."
-        ) from error
-    if payload.nbytes != size:
-        raise PayloadError(
-            "size", f"The manifest announces {payload.nbytes} bytes and {size} came."
-        )
-    return payload
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
-    return value
-
-
-def _check(payload: Payload) -> None:
-    """Refuse a payload that contradicts itself."""
-    if payload.codec not in codecs.CODECS:
-        known = ", ".join(codecs.CODECS)
-        raise PayloadError("codec", f"The codec {payload.codec!r} is unknown: use one of {known}.")
-    if payload.kind == "model":
-        _check_model(payload)
-    elif payload.kind != "update":
-        raise PayloadError("kind", f"The kind {payload.kind!r} is unknown.")
-    elif payload.base is None or payload.target is not None:
-        raise PayloadError("base", "An update names the model it was made from, and no other.")
-    end, previous = 0, ""
-    for entry in payload.entries:
-        name, shape = entry.name, entry.shape
-        if name <= previous:
-            raise PayloadError("names", f"Tensor names are not sorted or not unique at {name!r}.")
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise PayloadError("shape", f"Tensor {name} has the shape {list(shape)}.")
-        if type(entry.offset) is not int or entry.offset != end:
-            raise PayloadError("size", f"Tensor {name} does not start where the one before ends.")
-        size = codecs.encoded_size(shape, payload.codec)
-        if type(entry.size) is not int or entry.size != size:
-            raise PayloadError(
-                "size",
-                f"Tensor {name} has {entry.size} bytes; in {payload.codec} its shape takes {size}.",
-            )
-        end += size
-        previous = name
-    if type(payload.nbytes) is not int or payload.nbytes != end:
-        raise PayloadError("size", f"The tensors take {end} bytes of {payload.nbytes}.")
-
-
-def _check_model(payload: Payload) -> None:
-    if payload.target is None:
-        raise PayloadError("target", "A model does not say which one it is.")
-    if payload.form == "full" and payload.codec != "fp32":
-        raise PayloadError("codec", f"A full model is exact, and not in {payload.codec}.")
-    if payload.form == "delta" and not payload.entries:
-        raise PayloadError("base", "A model without tensors names two different models.")
+def _payload(
+    manifest: Mapping[str, Any] | str | bytes, source: bytes | _File, size: int
+) -> Payload:
+    found = read(manifest)
+    if found.nbytes != size:
+        raise PayloadError("size", f"The manifest announces {found.nbytes} bytes and {size} came.")
+    return Payload(**vars(found), _source=source)
