@@ -6,7 +6,7 @@ on a wrong joint count. So everything it will need is checked here first, from `
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 
 # Seconds: lerobot finds a frame's image by its timestamp and refuses one further off than this.
 _TOLERANCE = 1e-4
-_FRAGMENT = re.compile(r"episodes=(\d+):(\d+)")
+# Both, joined by "&", or one of them.
+_FRAGMENT = re.compile(r"(?=.)(?:episodes=(\d+):(\d+))?(?:(?:^|(?<=\d)&)part=(\d+)/(\d+))?")
 
 
 @dataclass(frozen=True)
 class DatasetUri:
-    """A directory, or ``owner/name`` on the hub, and the half-open range of episodes that ``#episodes=A:B`` chooses."""
+    """A directory, or ``owner/name`` on the hub, and which of its episodes.
+
+    ``#episodes=A:B`` chooses a half-open range, ``#part=I/N`` one of N parts counted from 0, and
+    ``#episodes=A:B&part=I/N`` a part of the range.
+    """
 
     text: str
     source: Path | str
     span: tuple[int, int] | None
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,16 @@ class SiteDataset:
 def parse_uri(text: str) -> DatasetUri:
     """Take a dataset URI apart. Raises DatasetError."""
     location, _, fragment = text.partition("#")
-    span = None
+    span = part = None
     if "#" in text:
         match = _FRAGMENT.fullmatch(fragment)
-        span = (int(match[1]), int(match[2])) if match else None
-        if span is None or span[0] >= span[1]:
+        if match:
+            span = (int(match[1]), int(match[2])) if match[1] else None
+            part = (int(match[3]), int(match[4])) if match[3] else None
+        if not match or any(low >= high for low, high in filter(None, (span, part))):
             raise DatasetError(
-                f"dataset {text!r} ends in '#{fragment}': write '#episodes=A:B' for episodes A to B-1, with A below B."
+                f"dataset {text!r} ends in '#{fragment}': write '#episodes=A:B' for episodes A to B-1, with A below B, "
+                "or '#part=I/N' for one of N parts, with I from 0 to N-1."
             )
     if location.startswith("hf:"):
         repository = location.removeprefix("hf:")
@@ -112,12 +121,12 @@ def parse_uri(text: str) -> DatasetUri:
             raise DatasetError(
                 f"dataset {text!r} is not of the form 'hf:owner/name': write the hub's two-part name."
             )
-        return DatasetUri(text, repository, span)
+        return DatasetUri(text, repository, span, part)
     if not location:
         raise DatasetError(
             f"dataset {text!r} names no directory: write its path, or 'hf:owner/name'."
         )
-    return DatasetUri(text, Path(location).expanduser().absolute(), span)
+    return DatasetUri(text, Path(location).expanduser().absolute(), span, part)
 
 
 def open_dataset(uri: str, *, held_out: float, seed: int) -> SiteDataset:
@@ -129,7 +138,7 @@ def open_dataset(uri: str, *, held_out: float, seed: int) -> SiteDataset:
     source = parsed.source
     root = source if isinstance(source, Path) else _fetch(source, ["meta/*"])
     meta = read_meta(root)
-    chosen = _choose(parsed, meta)
+    chosen = _choose(parsed, meta, seed)
     files = meta.files(chosen)
     if isinstance(source, str):
         _fetch(source, ["meta/*", *(file.as_posix() for file in files)])
@@ -156,9 +165,13 @@ def split(
 
     Held out are those with the lowest hash of seed and index: no order of recording, and the same on every run.
     """
-    ranked = sorted(episodes, key=lambda index: sha256(f"{seed}/{index}".encode()).digest())
+    ranked = _ranked(episodes, seed)
     count = min(max(round(held_out * len(ranked)), 1), len(ranked) - 1)
     return tuple(sorted(ranked[count:])), tuple(sorted(ranked[:count]))
+
+
+def _ranked(episodes: Iterable[int], seed: int) -> list[int]:
+    return sorted(episodes, key=lambda index: sha256(f"{seed}/{index}".encode()).digest())
 
 
 @contextmanager
@@ -176,7 +189,7 @@ def _unreadable(dataset: SiteDataset, error: Exception) -> str:
     return f"dataset {dataset.root} cannot be read ({reason}): a file is damaged, record or copy it again."
 
 
-def _choose(uri: DatasetUri, meta: Meta) -> list[int]:
+def _choose(uri: DatasetUri, meta: Meta, seed: int) -> list[int]:
     total = len(meta.episodes)
     first, last = uri.span or (0, total)
     if last > total:
@@ -184,7 +197,9 @@ def _choose(uri: DatasetUri, meta: Meta) -> list[int]:
             f"dataset {uri.text} asks for episodes {first} to {last - 1}, but there are {total}: "
             f"choose '#episodes=A:B' within 0:{total}."
         )
-    return list(range(first, last))
+    part, parts = uri.part or (0, 1)
+    # Dealt out in the order of the split: whatever the number of parts, much the same episodes are held out in all.
+    return sorted(_ranked(range(first, last), seed)[part::parts])
 
 
 def _require(file: Path, uri: str) -> None:
