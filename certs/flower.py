@@ -1,7 +1,7 @@
 """Every hook into Flower, in one place.
 
-Flower 1.41 has no client certificates and starts its task processes by name. Three seams are used; a contract test
-(``tests/certs/test_flower.py``) names the one that changed when Flower changes underneath.
+Flower 1.41 has no client certificates, starts its task processes by name, and cuts large messages for fast links. A
+contract test (``tests/certs/test_flower.py``) names the seam that changed when Flower changes underneath.
 """
 
 import importlib
@@ -142,6 +142,59 @@ def check_bundle_hook(module: Any) -> None:
             f"the hook install_from_fab(fab_file) is gone from {module.__name__}: "
             "a bundle's code could not be refused"
         )
+
+
+def set_chunk_size(chunk_bytes: int) -> None:
+    """Cut the arrays of the messages that this process makes into chunks of at most ``chunk_bytes``.
+
+    Hook: the constant ``FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE`` in ``flwr.app.message.array``, read by
+    ``Array.slice_array`` when a message is sent. Each chunk is one HTTP request, which must end within 30 s.
+    """
+    array: Any = importlib.import_module("flwr.app.message.array")
+    check_chunk_hook(array)
+    if chunk_bytes < 1:
+        raise ConfigError(f"a chunk of {chunk_bytes} bytes cannot be sent; set chunk-bytes above 0")
+    array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE = chunk_bytes
+
+
+def check_chunk_hook(array: Any) -> None:
+    """Raise ``HookError`` unless ``Array.slice_array`` still reads the chunk size from its module."""
+    name = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+    code = getattr(getattr(getattr(array, "Array", None), "slice_array", None), "__code__", None)
+    if not isinstance(getattr(array, name, None), int) or name not in getattr(code, "co_names", ()):
+        raise HookError(
+            f"the hook {name} is gone from Flower's Array.slice_array: "
+            "messages cannot be cut for a slow link"
+        )
+
+
+def set_concurrency(requests: int) -> None:
+    """Let this process have at most ``requests`` chunks on their way at once, in each direction.
+
+    Hook: the keyword defaults of ``push_object_contents_from_iterable`` and ``pull_objects`` in
+    ``flwr.supercore.inflatable.inflatable_utils``, with which the SuperNode calls them.
+    """
+    transfer: Any = importlib.import_module("flwr.supercore.inflatable.inflatable_utils")
+    check_concurrency_hook(transfer)
+    for function, keyword in _CONCURRENCY.items():
+        getattr(transfer, function).__kwdefaults__[keyword] = requests
+
+
+_CONCURRENCY = {
+    "push_object_contents_from_iterable": "max_concurrent_pushes",
+    "pull_objects": "max_concurrent_pulls",
+}
+
+
+def check_concurrency_hook(transfer: Any) -> None:
+    """Raise ``HookError`` unless Flower still takes its concurrency from those defaults."""
+    for function, keyword in _CONCURRENCY.items():
+        defaults = getattr(getattr(transfer, function, None), "__kwdefaults__", None) or {}
+        if not isinstance(defaults.get(keyword), int):
+            raise HookError(
+                f"the hook {function}(*, {keyword}) is gone from Flower: "
+                "chunks would share a slow link and time out"
+            )
 
 
 def check_bundle(fab: bytes) -> None:

@@ -14,9 +14,11 @@ from certs.errors import StorageError
 from certs.flower import quiet
 from certs.guard import Guard, Rule, allow
 from certs.identity import Identity
+from certs.link import PATH
 from certs.revocations import Revocations
 from certs.roles import SUPERLINK_NAME, Peer, Role
 from certs.server import bind, mutual_tls_server
+from superlink.link import link
 from superlink.metrics import FleetCollector
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def rules(app: Any, factory: "LinkStateFactory") -> dict[str, tuple[Rule, Any]]:
     """Return which role may ask for what; every other path is refused."""
     return {
         "/v1/fleet/": (_site_with_its_own_key(factory), app),
+        PATH: (allow(lambda peer: peer.role is Role.SITE), link),
         "/v1/control/": (allow(lambda peer: peer.role is Role.OPERATOR), app),
         # A site's SuperExec has no business here: its ServerApp tokens would open every run.
         "/v1/runtime/": (

@@ -13,11 +13,12 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from certs.contact import recorder
 from certs.errors import CertificateError
 from certs.files import read
-from certs.flower import install_client, quiet
+from certs.flower import install_client, quiet, set_concurrency
 from certs.guard import Guard, allow
 from certs.identity import Identity
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
+from supernode.link import CHUNK_BYTES, settle
 
 _log = logging.getLogger("vlafleet.supernode")
 
@@ -30,7 +31,8 @@ def serve(
 ) -> NoReturn:
     """Run the SuperNode until SIGTERM or SIGINT.
 
-    ``superlink`` is ``host:port``. ``node_config`` is what the site's ClientApp reads (site, dataset, device).
+    ``superlink`` is ``host:port``. ``node_config`` is what the site's ClientApp reads (site, dataset, device);
+    the size of the chunks that suit the measured link is added to it.
     """
     key = _node_key(identity)
     listener = bind(host, port)
@@ -61,10 +63,12 @@ def serve(
     _log.info("SuperNode of %s: Runtime API on %s port %d", identity.peer.name, host, port)
     code = 1
     try:
+        transfer = settle(identity, superlink)
+        set_concurrency(transfer.concurrency)
         start_client_internal(
             state_factory=factory,
             server_address=superlink,
-            node_config=dict(node_config),
+            node_config={**node_config, CHUNK_BYTES: transfer.chunk_bytes},
             root_certificates=str(identity.authority),
             insecure=False,
             authentication_keys=(key, key.public_key()),

@@ -16,9 +16,13 @@ from certs.flower import (
     HookError,
     check_bundle,
     check_bundle_hook,
+    check_chunk_hook,
     check_client_hook,
     check_command_hook,
+    check_concurrency_hook,
     install_bundle_check,
+    set_chunk_size,
+    set_concurrency,
 )
 
 
@@ -116,6 +120,114 @@ def test_bundle_hook_names_itself() -> None:
         HookError, match=r"the hook install_from_fab\(fab_file\) is gone from flwr\.somewhere"
     ):
         check_bundle_hook(module)
+
+
+def test_chunk_size_cuts_what_flower_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The objects that Flower pushes for a message: all its chunks, each no larger than was set."""
+    from flwr.app import Array, ArrayRecord, RecordDict
+    from flwr.app.message import array
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    name = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+    monkeypatch.setattr(array, name, getattr(array, name))
+    set_chunk_size(1000)
+    data = bytes(range(256)) * 10
+    records = RecordDict(
+        {"model": ArrayRecord({"flat": Array("uint8", (len(data),), "raw", data)})}
+    )
+    objects = get_all_nested_objects(records).values()
+    chunks = [o.deflate() for o in objects if type(o).__name__ == "ArrayChunk"]
+    # Flower puts a header of some 30 bytes before each.
+    assert sorted(len(chunk) // 100 for chunk in chunks) == [5, 10, 10]
+    assert data[:1000] in b"".join(chunks)
+
+
+def test_chunk_size_is_positive() -> None:
+    with pytest.raises(ConfigError, match="a chunk of 0 bytes cannot be sent"):
+        set_chunk_size(0)
+
+
+@pytest.mark.parametrize("change", ["constant gone", "method gone", "not read"])
+def test_chunk_hook_names_itself(change: str) -> None:
+    class Array:
+        def slice_array(self) -> Any:
+            return FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE  # type: ignore[name-defined]  # noqa: F821
+
+    class Other:
+        def slice_array(self) -> int:
+            return 5242880
+
+    module = types.SimpleNamespace(Array=Array, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=5242880)
+    check_chunk_hook(module)
+    if change == "constant gone":
+        del module.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+    else:
+        module.Array = Other if change == "not read" else object
+    with pytest.raises(
+        HookError, match="the hook FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE is gone from Flower's Array"
+    ):
+        check_chunk_hook(module)
+
+
+def test_concurrency_bounds_what_the_supernode_has_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted in the two functions as the SuperNode has them, called as it calls them."""
+    import os
+    import threading
+
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supernode import start_client_internal
+
+    for function in ("push_object_contents_from_iterable", "pull_objects"):
+        original = getattr(inflatable_utils, function)
+        monkeypatch.setattr(original, "__kwdefaults__", dict(original.__kwdefaults__))
+    # Flower starts no more requests than it has cores.
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    supernode: Any = start_client_internal
+    names = [str(number) for number in range(12)]
+    for concurrency in (1, 3):
+        set_concurrency(concurrency)
+        for move in ("push", "pull"):
+            lock, together = threading.Lock(), threading.Barrier(concurrency)
+            now, most = 0, 0
+
+            def request(*_: object, lock: Any = lock, together: Any = together) -> bytes:
+                nonlocal now, most
+                with lock:
+                    now += 1
+                    most = max(most, now)
+                together.wait(10)  # BrokenBarrierError unless so many are on their way at once
+                with lock:
+                    now -= 1
+                return b"content"
+
+            if move == "push":
+                supernode.push_object_contents_from_iterable(
+                    [(name, b"") for name in names], push_object_fn=request
+                )
+            else:
+                supernode.pull_objects(names, pull_object_fn=request)
+            assert most == concurrency, move
+
+
+@pytest.mark.parametrize("change", ["gone", "renamed", "positional"])
+def test_concurrency_hook_names_itself(change: str) -> None:
+    def push(contents: Any, *, max_concurrent_pushes: int = 2) -> None: ...
+    def pull(ids: Any, *, max_concurrent_pulls: int = 2) -> None: ...
+    def renamed(ids: Any, *, workers: int = 2) -> None: ...
+    def positional(ids: Any, max_concurrent_pulls: int = 2) -> None: ...
+
+    module = types.SimpleNamespace(push_object_contents_from_iterable=push, pull_objects=pull)
+    check_concurrency_hook(module)
+    if change == "gone":
+        del module.pull_objects
+    else:
+        module.pull_objects = renamed if change == "renamed" else positional
+    with pytest.raises(
+        HookError, match=r"the hook pull_objects\(\*, max_concurrent_pulls\) is gone from Flower"
+    ):
+        check_concurrency_hook(module)
 
 
 def test_superlink_composition_holds() -> None:

@@ -1,0 +1,7 @@
+"""What a SuperNode and its SuperLink agree on to measure the link between them."""
+
+# Beside Flower's own paths; open to sites only (superlink/server.py).
+PATH = "/v1/link"
+# 4 MiB take half a second at 8 MB/s. Faster links use Flower's own settings, so nothing larger needs measuring, and
+# what a site can ask for stays small.
+MAX_PROBE_BYTES = 4 << 20
