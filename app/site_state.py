@@ -105,7 +105,7 @@ class SiteState:
             read = self._read()
             self._index = self._whole(read)
             if self._index != read:
-                self._write()
+                self._commit(self._index)
 
     def held(self) -> str | None:
         """The canonical hash of the model this site holds."""
@@ -169,13 +169,11 @@ class SiteState:
         return Lazy(path, tensorfile.entries(path)[0])
 
     def _commit(self, index: _Index) -> None:
-        self._index = replace(index, serial=index.serial + 1)
-        self._write()
-
-    def _write(self) -> None:
+        index = replace(index, serial=index.serial + 1)
         # The files' names reach the disk before the name of what refers to them.
         sync(self._folder)
-        write_json(self._folder / INDEX, {"schema": SCHEMA, **asdict(self._index)})
+        write_json(self._folder / INDEX, {"schema": SCHEMA, **asdict(index)})
+        self._index = index
 
     def _read(self) -> _Index:
         """The index on disk; an empty one when there is none. A damaged one is removed."""
