@@ -54,7 +54,7 @@ class Phase(StrEnum):
 # the round whose checkpoint it finds without a record.
 _MOVES: dict[Phase | None, set[Phase]] = {
     None: {Phase.SELECT, Phase.COMMIT, Phase.EVALUATE},
-    Phase.SELECT: {Phase.DISPATCH},
+    Phase.SELECT: {Phase.DISPATCH, Phase.FAIL},
     Phase.DISPATCH: {Phase.COLLECT},
     Phase.COLLECT: {Phase.COMMIT, Phase.DEGRADE, Phase.FAIL},
     Phase.COMMIT: {Phase.EVALUATE},
@@ -197,6 +197,6 @@ def select(
     if count:
         drawn = [site for site in sites if site.node in online]
         drawn.sort(key=lambda site: sha256(f"{seed}/{number}/{site.name}".encode()).digest())
-        # 10 * 1.1 is 11.000000000000002, and asks 11: six digits are finer than anyone sets.
+        # As floats 50 * 1.1 is 55.00000000000001, and asks 55: nobody sets more than six digits.
         drawn = drawn[: math.ceil(round(count * over_sampling, 6))]
     return sorted(drawn, key=lambda site: site.name)

@@ -1,30 +1,33 @@
-"""Every site that is asked ends in exactly one state, with a reason, in time."""
+"""A round's phases, the draw of its sites, and waits for the SuperLink that end."""
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
-
-# Flower's Message takes its sender from here; its own process sets it when a task starts.
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 
 from app import rounds
-from app.payload import PayloadError
-from app.rounds import Exchange, Outcome, Phase, Round, Site, State, one_line, wait_for_sites
+from app.rounds import Phase, Round, Site, bounded, one_line, online, select, wait_for_sites
 from certs.errors import RunFailedError
 
+# Longer than any test runs; what waits this long is let go at the end of the test.
 FOREVER_S = 60.0
-A, B, C, D = (Site(f"site-{letter}", node) for node, letter in enumerate("abcd", start=1))
+# A bound that only a wait without one breaks.
+SOON_S = 10.0
 
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+PATHS = (
+    "select dispatch collect commit evaluate done",
+    "select dispatch collect degrade evaluate done",
+    "select dispatch collect fail done",
+    # Nobody is online to be drawn.
+    "select fail done",
+    # Round 0, and a round whose checkpoint outlived a crash of the run.
+    "commit evaluate done",
+    "evaluate done",
+)
 
 
 @dataclass
@@ -34,288 +37,159 @@ class Node:
 
 
 @dataclass
-class FakeGrid:
-    """A Grid whose sites answer by script: ``answers[node](message, seconds since dispatch)``."""
+class Nodes:
+    """A Grid that knows who is online; ``late`` nodes are from the third look on."""
 
-    answers: dict[int, Callable[[Message, float], Message | None]] = field(default_factory=dict)
-    away: Callable[[float], set[int]] = lambda _: set()
-    nodes: tuple[int, ...] = (1, 2, 3, 4)
-    refuse: frozenset[int] = frozenset()
-    pulled_at: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    sent: dict[str, Message] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    nodes: list[Node]
+    late: list[Node] = field(default_factory=list)
+    looks: int = 0
 
     def get_nodes(self) -> list[Node]:
-        gone = self.away(time.monotonic() - self.started)
-        return [Node(node) for node in self.nodes if node not in gone]
+        self.looks += 1
+        return self.nodes + (self.late if self.looks > 2 else [])
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids: list[str] = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node in self.refuse:
-                ids.append(None)  # type: ignore[arg-type]
-                continue
-            ids.append(f"message-to-{node}")
-            self.sent[ids[-1]] = message
-        return ids
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        raise AssertionError(f"nothing is sent here: {messages}")
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        (message_id,) = message_ids
-        message = self.sent[message_id]
-        node = message.metadata.dst_node_id
-        now = time.monotonic() - self.started
-        self.pulled_at[node].append(now)
-        reply = self.answers[node](message, now)
-        return iter([reply] if reply else [])
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise AssertionError(f"nothing is pulled here: {message_ids}")
 
 
-def good(message: Message, _: float) -> Message:
-    node = message.metadata.dst_node_id
-    return Message(RecordDict({"reply": ConfigRecord({"node": node})}), reply_to=message)
+class Hangs(Nodes):
+    def __init__(self, until: threading.Event) -> None:
+        super().__init__([])
+        self.until = until
+
+    def get_nodes(self) -> list[Node]:
+        self.until.wait(FOREVER_S)
+        return [Node(1)]
 
 
-def silent(_: Message, __: float) -> None:
-    return None
-
-
-def fails(code: int, reason: str) -> Callable[[Message, float], Message]:
-    return lambda message, _: Message(Error(code, reason), reply_to=message)
-
-
-def after(seconds: float) -> Callable[[Message, float], Message | None]:
-    return lambda message, now: good(message, now) if now > seconds else None
-
-
-def stuck(_: Message, __: float) -> None:
-    time.sleep(FOREVER_S)
-
-
-@dataclass
-class Result:
-    outcomes: list[Outcome]
-    folded: list[str]
-    ended: list[Outcome]
-    seconds: float
-
-    def states(self) -> dict[str, State]:
-        return {outcome.site.name: outcome.state for outcome in self.outcomes}
-
-    def reason(self, site: Site) -> str:
-        (found,) = [outcome.reason for outcome in self.outcomes if outcome.site == site]
-        assert found
-        return found
-
-
-def run(
-    grid: FakeGrid,
-    *sites: Site,
-    seconds: float = 5.0,
-    offline_s: float = FOREVER_S,
-    fold: Callable[[Site, RecordDict], None] | None = None,
-) -> Result:
-    folded: list[str] = []
-    ended: list[Outcome] = []
-
-    def note(site: Site, content: RecordDict) -> None:
-        assert content.config_records["reply"]["node"] == site.node
-        if fold:
-            fold(site, content)
-        folded.append(site.name)
-
-    exchange = Exchange(
-        grid,
-        note,
-        ended.append,
-        seconds=seconds,
-        poll_s=0.02,
-        offline_s=offline_s,
-        held_s=0.2,
-    )
-    started = time.monotonic()
-    exchange.dispatch({site: Message(RecordDict(), site.node, MessageType.TRAIN) for site in sites})
-    outcomes = exchange.collect()
-    result = Result(outcomes, folded, ended, time.monotonic() - started)
-    # Whatever happens: everyone asked ends once, by name, and is told of once.
-    assert [outcome.site.name for outcome in outcomes] == sorted(site.name for site in sites)
-    assert sorted(ended, key=lambda outcome: outcome.site.name) == outcomes
-    for outcome in outcomes:
-        assert (outcome.reason is None) == (outcome.state is State.COMPLETED)
-    assert sorted(folded) == [o.site.name for o in outcomes if o.state is State.COMPLETED]
-    return result
-
-
-def test_everyone_answers() -> None:
-    result = run(FakeGrid({1: good, 2: after(0.1)}), A, B)
-    assert result.states() == {"site-a": State.COMPLETED, "site-b": State.COMPLETED}
-    assert result.seconds < 2
-
-
-def test_each_end_has_its_state_and_reason() -> None:
-    grid = FakeGrid({1: good, 2: fails(2, "no dataset\nat /data"), 3: silent})
-    result = run(grid, A, B, C, seconds=0.5)
-    assert result.states() == {
-        "site-a": State.COMPLETED,
-        "site-b": State.ERROR,
-        "site-c": State.TIMEOUT,
-    }
-    assert result.reason(B) == "no dataset at /data"
-    assert result.reason(C) == "no reply within 0.5 s"
-
-
-def test_a_reply_that_cannot_be_used_is_invalid() -> None:
-    def fold(site: Site, content: RecordDict) -> None:
-        if site == A:
-            raise PayloadError("checksum", "The bytes do not match.")
-        content.config_records["absent"]
-
-    result = run(FakeGrid({1: good, 2: good}), A, B, fold=fold)
-    assert result.states() == {"site-a": State.INVALID, "site-b": State.INVALID}
-    assert result.reason(A) == "The bytes do not match."
-    assert "absent" in result.reason(B)
-
-
-def test_the_deadline_holds_while_a_pull_hangs() -> None:
-    result = run(FakeGrid({1: stuck, 2: good}), A, B, seconds=0.6)
-    assert result.states() == {"site-a": State.TIMEOUT, "site-b": State.COMPLETED}
-    assert 0.5 < result.seconds < 2
-
-
-def test_hanging_pulls_do_not_hold_up_the_others() -> None:
-    result = run(FakeGrid({1: stuck, 2: stuck, 3: stuck, 4: after(0.1)}), A, B, C, D, seconds=3)
-    assert result.states()["site-d"] is State.COMPLETED
-    assert list(result.states().values())[:3] == [State.TIMEOUT] * 3
-
-
-def test_what_arrives_after_the_deadline_is_not_folded() -> None:
-    release = threading.Event()
-
-    def late(message: Message, now: float) -> Message:
-        release.wait(5)
-        return good(message, now)
-
-    result = run(FakeGrid({1: late}), A, seconds=0.3)
-    release.set()
-    time.sleep(0.2)
-    assert result.folded == []
-    assert result.states() == {"site-a": State.TIMEOUT}
-
-
-def test_who_is_not_online_is_not_sent_anything() -> None:
-    grid = FakeGrid({1: good}, nodes=(1,))
-    result = run(grid, A, B)
-    assert result.states() == {"site-a": State.COMPLETED, "site-b": State.OFFLINE}
-    assert result.seconds < 2
-    assert list(grid.sent) == ["message-to-1"]
-    assert [outcome.sent for outcome in result.outcomes] == [True, False]
-
-
-def test_nothing_is_pulled_for_a_site_that_is_offline() -> None:
-    # Flower throws a reply away when it is pulled for at a moment when its site is offline.
-    grid = FakeGrid({1: silent, 2: after(0.5)}, away=lambda now: {1} if now > 0.2 else set())
-    result = run(grid, A, B, seconds=1.0)
-    assert result.states() == {"site-a": State.OFFLINE, "site-b": State.COMPLETED}
-    assert result.reason(A) == "went offline before it answered"
-    assert max(grid.pulled_at[1]) < 0.25
-
-
-def test_a_site_that_comes_back_still_delivers() -> None:
-    grid = FakeGrid({1: after(0.5)}, away=lambda now: {1} if 0.1 < now < 0.4 else set())
-    assert run(grid, A, offline_s=1).states() == {"site-a": State.COMPLETED}
-
-
-def test_a_site_that_stays_away_ends_before_the_deadline() -> None:
-    grid = FakeGrid({1: silent, 2: good}, away=lambda now: {1} if now > 0.1 else set())
-    result = run(grid, A, B, seconds=30, offline_s=0.3)
-    assert result.states() == {"site-a": State.OFFLINE, "site-b": State.COMPLETED}
-    assert result.seconds < 5
-
-
-def test_flowers_answer_for_a_lost_node_counts_as_offline() -> None:
-    result = run(FakeGrid({1: fails(5, "Node Unavailable")}), A)
-    assert result.states() == {"site-a": State.OFFLINE}
-    assert result.reason(A) == "Node Unavailable"
-
-
-def test_pulls_that_raise_are_tried_again() -> None:
-    def flaky(message: Message, now: float) -> Message:
-        if now < 0.2:
-            raise ConnectionError("reset")
-        return good(message, now)
-
-    assert run(FakeGrid({1: flaky}), A).states() == {"site-a": State.COMPLETED}
-
-
-def test_replies_are_folded_one_at_a_time() -> None:
-    inside: list[str] = []
-
-    def fold(site: Site, _: RecordDict) -> None:
-        inside.append(site.name)
-        time.sleep(0.05)
-        assert inside == [site.name]
-        inside.clear()
-
-    result = run(FakeGrid({1: good, 2: good, 3: good, 4: good}), A, B, C, D, fold=fold)
-    assert set(result.states().values()) == {State.COMPLETED}
-
-
-def test_a_superlink_that_hangs_cannot_hold_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in ("get_nodes", "push_messages"):
-        grid = FakeGrid({1: good})
-        monkeypatch.setattr(grid, call, lambda *_: time.sleep(FOREVER_S))
-        result = run(grid, A, seconds=0.3)
-        assert result.states() == {"site-a": State.TIMEOUT}
-        assert "did not answer within 0.3 s" in result.reason(A)
-        assert result.seconds < 2
-
-
-def test_a_superlink_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(FakeGrid({1: good}, refuse=frozenset({2})), A, B)
-    assert result.states() == {"site-a": State.COMPLETED, "site-b": State.ERROR}
-
-    def refuse(_: object) -> None:
+class Refuses(Nodes):
+    def get_nodes(self) -> list[Node]:
         raise ConnectionError("503 Service Unavailable")
 
-    grid = FakeGrid({1: good})
-    monkeypatch.setattr(grid, "push_messages", refuse)
-    assert run(grid, A).reason(A) == "not sent: 503 Service Unavailable"
-    monkeypatch.setattr(grid, "push_messages", lambda _: [])
-    assert run(grid, A).states() == {"site-a": State.ERROR}
+
+@pytest.fixture
+def over() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_round_keeps_the_seconds_of_each_phase(path: str) -> None:
+    state = Round(1)
+    phases = [Phase(name) for name in path.split()]
+    for phase in phases:
+        state.enter(phase)
+    assert list(state.seconds) == path.split()[:-1]
+    assert all(seconds >= 0 for seconds in state.seconds.values())
+
+
+def test_a_round_makes_no_other_moves() -> None:
+    allowed = {
+        move for path in PATHS for move in zip([None, *path.split()], path.split(), strict=False)
+    }
+    for before in (None, *Phase):
+        for after in Phase:
+            state = Round(3, phase=before)
+            if (before, after) in allowed:
+                state.enter(after)
+                continue
+            with pytest.raises(RuntimeError, match=f"round 3 cannot go from {before} to {after}"):
+                state.enter(after)
+            assert state.phase is before
+
+
+def draw(sites: list[Site], away: set[int] | None = None, **changed: float) -> list[str]:
+    asked = {"count": 3, "over_sampling": 1.0, "seed": 7, "number": 1, **changed}
+    here = {site.node for site in sites} - (away or set())
+    return [site.name for site in select(sites, here, **asked)]  # type: ignore[arg-type]
+
+
+TEN = [Site(f"site-{letter}", node) for node, letter in enumerate("jihgfedcba", start=1)]
+
+
+def test_every_site_is_asked_where_no_count_is_set() -> None:
+    assert draw(TEN, count=0) == sorted(site.name for site in TEN)
+    # One that is offline too: the round's record then says so.
+    assert draw(TEN, away={1, 2}, count=0) == sorted(site.name for site in TEN)
+
+
+def test_a_draw_repeats_and_does_not_depend_on_the_order_of_the_sites() -> None:
+    drawn = draw(TEN)
+    assert len(drawn) == 3
+    assert drawn == sorted(drawn)
+    assert draw(TEN[::-1]) == draw(TEN[5:] + TEN[:5]) == drawn
+    # A site's node may be another one after it is set up anew.
+    assert draw([Site(site.name, site.node + 100) for site in TEN]) == drawn
+
+
+def test_a_draw_follows_the_seed_and_the_round() -> None:
+    assert len({tuple(draw(TEN, number=number)) for number in range(1, 11)}) > 5
+    assert len({tuple(draw(TEN, seed=seed)) for seed in range(10)}) > 5
+
+
+def test_each_site_gets_its_turn() -> None:
+    turns = Counter(name for number in range(1000) for name in draw(TEN, number=number))
+    # 300 expected of each; the standard deviation of a fair draw is 14.5.
+    assert len(turns) == 10
+    assert all(240 < times < 360 for times in turns.values())
+
+
+def test_only_sites_online_are_drawn_and_an_absence_changes_one_place() -> None:
+    nodes = {site.name: site.node for site in TEN}
+    for number in range(20):
+        drawn = draw(TEN, number=number)
+        without = draw(TEN, away={nodes[drawn[0]]}, number=number)
+        assert set(drawn[1:]) < set(without)
+        assert drawn[0] not in without
+        assert len(without) == 3
+    assert draw(TEN, away=set(range(1, 9))) == ["site-a", "site-b"]
+    assert draw(TEN, away=set(range(1, 11))) == []
+
+
+def test_over_sampling_asks_more_rounded_up() -> None:
+    assert len(draw(TEN, over_sampling=1.5)) == 5
+    assert len(draw(TEN, over_sampling=10)) == 10
+    # As floats, 50 * 1.1 is a little more than 55.
+    hundred = [Site(f"site-{n:03d}", n) for n in range(100)]
+    assert len(draw(hundred, count=10, over_sampling=1.1)) == 11
+    assert len(draw(hundred, count=50, over_sampling=1.1)) == 55
+    # Whoever is asked without over-sampling is asked with it.
+    assert set(draw(TEN)) < set(draw(TEN, over_sampling=1.5))
 
 
 def test_the_run_starts_when_enough_sites_are_online() -> None:
-    grid = FakeGrid(nodes=(2, 1, 3), away=lambda now: {3} if now < 0.2 else set())
-    nodes = wait_for_sites(grid, 3, 5, poll_s=0.02)
+    grid = Nodes([Node(2), Node(1)], late=[Node(3)])
+    nodes = wait_for_sites(grid, 3, SOON_S, poll_s=0.02)
     assert [node.node_id for node in nodes] == [1, 2, 3]
 
 
-def test_waiting_for_sites_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_sites_ends(over: threading.Event) -> None:
     with pytest.raises(RunFailedError, match=r"1 of the 2 sites .* within 0.2 s"):
-        wait_for_sites(FakeGrid(nodes=(1,)), 2, 0.2, poll_s=0.02)
-    grid = FakeGrid()
-    monkeypatch.setattr(grid, "get_nodes", lambda: time.sleep(FOREVER_S))
+        wait_for_sites(Nodes([Node(1)]), 2, 0.2, poll_s=0.02)
     with pytest.raises(RunFailedError, match="0 of the 2 sites"):
-        wait_for_sites(grid, 2, 0.2)
+        wait_for_sites(Hangs(over), 2, 0.2)
 
 
-def test_a_round_only_makes_the_moves_it_may() -> None:
-    state = Round(1)
-    with pytest.raises(RuntimeError, match="round 1 cannot go from None to collect"):
-        state.enter(Phase.COLLECT)
-    for phase in (Phase.DISPATCH, Phase.COLLECT, Phase.COMMIT, Phase.EVALUATE, Phase.DONE):
-        state.enter(phase)
-    assert list(state.seconds) == ["dispatch", "collect", "commit", "evaluate"]
-    with pytest.raises(RuntimeError, match="from done to dispatch"):
-        state.enter(Phase.DISPATCH)
+def test_who_is_online_is_asked_for_with_a_bound(over: threading.Event) -> None:
+    found = online(Nodes([Node(3, "b"), Node(2, "a"), Node(1, "b")]), SOON_S)
+    assert [(node.name, node.node_id) for node in found] == [("a", 2), ("b", 1), ("b", 3)]
+    started = time.monotonic()
+    assert online(Hangs(over), 0.2) == []
+    assert time.monotonic() - started < SOON_S
+    assert online(Refuses([Node(1)]), SOON_S) == []
 
 
-def test_a_failed_round_is_not_evaluated() -> None:
-    state = Round(2)
-    for phase in (Phase.DISPATCH, Phase.COLLECT, Phase.FAIL):
-        state.enter(phase)
-    with pytest.raises(RuntimeError, match="from fail to evaluate"):
-        state.enter(Phase.EVALUATE)
-    state.enter(Phase.DONE)
+def test_a_bounded_call_answers_raises_or_times_out(over: threading.Event) -> None:
+    assert bounded(lambda: 3, SOON_S) == 3
+    with pytest.raises(ConnectionError, match="503"):
+        bounded(Refuses([]).get_nodes, SOON_S)
+    for seconds in (0.1, 0.0, -1.0):
+        with pytest.raises(TimeoutError):
+            bounded(lambda: over.wait(FOREVER_S), seconds)
 
 
 def test_texts_from_sites_become_one_printable_line() -> None:
