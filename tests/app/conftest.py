@@ -1,23 +1,16 @@
 """Fixtures on real parts: the tiny SmolVLA, a LeRobot v3.0 dataset from lerobot's own recorder, a hub on loopback."""
 
 import atexit
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from app.dataset_meta import JOINTS
+from tests.hub import Hub, serving
 
 # Before anything imports torch or huggingface_hub: one thread (tiny models get slower with more), no hub, own caches.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -96,112 +89,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@dataclass
-class Hub:
-    """The endpoints of the Hugging Face Hub that ``snapshot_download`` needs, over folders on disk."""
-
-    repositories: dict[str, Path] = field(default_factory=dict)  # "models/owner/name" -> folder
-    revisions: dict[str, set[str]] = field(
-        default_factory=dict
-    )  # names a repository knows, default {"main"}
-    requests: list[str] = field(default_factory=list)
-    address: str = ""
-    commit: str = "0123456789abcdef0123456789abcdef01234567"
-
-    def environment(self, cache: Path) -> dict[str, str]:
-        return {
-            **os.environ,
-            "HF_ENDPOINT": self.address,
-            "HF_HOME": str(cache),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-
-    def run(self, code: str, cache: Path) -> str:
-        """Run ``code`` in a process that talks to this hub; its last line of output."""
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=self.environment(cache),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().splitlines()[-1]
-
-    def find(self, path: str) -> tuple[str, Path, list[str]] | None:
-        """Repository key, folder and the remaining path segments."""
-        parts = path.strip("/").split("/")
-        if parts[0] not in ("api", "datasets"):
-            parts.insert(0, "models")
-        if parts[0] == "api":
-            parts = parts[1:]
-        key = "/".join(parts[:3])
-        return (key, self.repositories[key], parts[3:]) if key in self.repositories else None
-
-
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def answer(self) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
-            found = hub.find(unquote(urlsplit(self.path).path))
-            if found is None:
-                self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-                return
-            key, folder, (verb, revision, *rest) = found
-            if revision not in {hub.commit, *hub.revisions.get(key, {"main"})}:
-                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-                return
-            files = {
-                path.relative_to(folder).as_posix(): path
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-            if verb == "resolve":
-                body = files["/".join(rest)].read_bytes()
-                tag = f'"{sha256(body).hexdigest()}"'
-                self.send(200, body, {"ETag": tag, "X-Repo-Commit": hub.commit})
-                return
-            if verb == "tree":
-                answer: object = [
-                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
-                    for name, path in files.items()
-                ]
-            else:
-                answer = {
-                    "id": key.split("/", 1)[1],
-                    "sha": hub.commit,
-                    "siblings": [{"rfilename": name} for name in files],
-                }
-            self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-        do_GET = answer  # noqa: N815
-        do_HEAD = answer  # noqa: N815
-
-    return Handler
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-    server.address = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    http.shutdown()
-    thread.join()
-    http.server_close()
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with serving(tmp_path_factory.mktemp("hub")) as server:
+        yield server
