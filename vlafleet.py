@@ -35,7 +35,8 @@ cli.command(
 cli.command()(supernode.cli.supernode)
 cli.command()(app.cli.superexec)
 cli.command()(certs.cli.health)
-cli.add_typer(app.demo_data.cli, name="data")
+app.demo_data.cli.command()(app.cli.check)
+cli.add_typer(app.demo_data.cli, name="data", help="Make demonstration data, check any data.")
 cli.command()(app.report.report)
 
 

@@ -23,8 +23,11 @@ from certs.errors import DatasetError
 if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-# Seconds: lerobot finds a frame's image by its timestamp and refuses one further off than this.
-_TOLERANCE = 1e-4
+# Seconds by which a frame's timestamp may differ from its place and from its image: lerobot's own tolerance.
+TOLERANCE = 1e-4
+# lerobot looks images up in float32, which resolves 1.2e-4 s a thousand seconds into a video file: at its tolerance up
+# to 7 % of the frames of long episodes there are refused. A millisecond still names one image.
+_LOOKUP_TOLERANCE = 1e-3
 # Both, joined by "&", or one of them.
 _FRAGMENT = re.compile(r"(?=.)(?:episodes=(\d+):(\d+))?(?:(?:^|(?<=\d)&)part=(\d+)/(\d+))?")
 
@@ -93,6 +96,7 @@ class SiteDataset:
                     root=self.root,
                     episodes=list(episodes),
                     delta_timestamps={"action": [step / self.fps for step in range(chunk)]},
+                    tolerance_s=_LOOKUP_TOLERANCE,
                     # torchcodec needs FFmpeg's libraries on the machine; PyAV brings its own.
                     video_backend="pyav",
                     return_uint8=True,
@@ -233,13 +237,24 @@ def _check_rows(root: Path, meta: Meta, chosen: Sequence[int]) -> None:
                     f"{path} holds {rows.sum()} frames of episode {index} where the metadata lists frames "
                     f"{episode.first} to {episode.last - 1}: copy the dataset again, whole."
                 )
+            if not np.array_equal(columns["frame_index"][rows], np.arange(episode.frames)):
+                raise DatasetError(
+                    f"episode {index} in {path} does not count its frames from 0 to {episode.frames - 1}: "
+                    "record the episode again."
+                )
             late = np.abs(
                 columns["timestamp"][rows] - columns["frame_index"][rows] / meta.fps
             ).max()
-            if late > _TOLERANCE:
+            if not late <= TOLERANCE:  # also where it is not a number
                 raise DatasetError(
                     f"episode {index} in {path} has timestamps {late:.4f} s off {meta.fps} frames per second: "
                     "correct fps in meta/info.json or record the episode again."
+                )
+            unknown = set(columns["task_index"][rows].tolist()) - set(range(len(meta.tasks)))
+            if unknown:
+                raise DatasetError(
+                    f"episode {index} in {path} is of task {min(unknown)}, but meta/tasks.parquet lists "
+                    f"{len(meta.tasks)}: copy the dataset again, whole."
                 )
 
 

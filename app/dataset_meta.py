@@ -30,6 +30,25 @@ _EPISODE_COLUMNS = (
 
 
 @dataclass(frozen=True)
+class Camera:
+    """A camera that was recorded, its images' size in pixels, and whether they lie in videos or in the data files."""
+
+    key: str
+    height: int
+    width: int
+    video: bool
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Where an episode's images of one camera are: a video file, and the second of it at which they begin."""
+
+    camera: str
+    file: Path
+    start: float
+
+
+@dataclass(frozen=True)
 class Episode:
     """One row of ``meta/episodes``: its frames [first, last) in the whole dataset, its tasks and its files."""
 
@@ -37,7 +56,7 @@ class Episode:
     last: int
     tasks: tuple[str, ...]
     data: Path
-    videos: tuple[Path, ...]
+    videos: tuple[Clip, ...]
 
     @property
     def frames(self) -> int:
@@ -49,7 +68,14 @@ class Meta:
     """What the federation needs to know of a dataset; paths are relative to its root."""
 
     fps: int
+    # Those that the policy sees.
     cameras: tuple[str, ...]
+    # lerobot decodes every camera, also those that the policy does not see.
+    recorded: tuple[Camera, ...]
+    # Features that are columns of the data files.
+    columns: tuple[str, ...]
+    # The sentence of each task_index.
+    tasks: tuple[str, ...]
     episodes: tuple[Episode, ...]
 
     def data_files(self, episodes: Sequence[int]) -> dict[Path, list[int]]:
@@ -62,7 +88,8 @@ class Meta:
     def files(self, episodes: Sequence[int]) -> list[Path]:
         """The data and video files that these episodes are stored in, each once."""
         chosen = [self.episodes[index] for index in episodes]
-        return sorted({file for episode in chosen for file in (episode.data, *episode.videos)})
+        videos = {clip.file for episode in chosen for clip in episode.videos}
+        return sorted(videos | {episode.data for episode in chosen})
 
 
 def read_meta(root: Path) -> Meta:
@@ -94,9 +121,19 @@ def read_meta(root: Path) -> Meta:
     # lerobot writes an integer; a camera cannot run at no frames a second.
     if isinstance(fps, bool) or not isinstance(fps, int | float) or fps <= 0 or fps != int(fps):
         raise DatasetError(f"{path} gives fps {fps!r}: it must be a whole number above 0.")
-    _check_tasks(root)
+    recorded = tuple(
+        _camera(key, feature, path)
+        for key, feature in features.items()
+        if feature.get("dtype") in {"video", "image"}
+    )
+    videos = [camera.key for camera in recorded if camera.video]
     return Meta(
-        fps=int(fps), cameras=_cameras(features, path), episodes=_episodes(root, info, features)
+        fps=int(fps),
+        cameras=_policy_cameras(features, recorded, path),
+        recorded=recorded,
+        columns=tuple(key for key in features if key not in videos),
+        tasks=_tasks(root),
+        episodes=_episodes(root, info, videos),
     )
 
 
@@ -140,7 +177,25 @@ def _joint(name: object) -> str:
     return str(name).removeprefix("main_").removesuffix(".pos")
 
 
-def _cameras(features: dict[str, Any], path: Path) -> tuple[str, ...]:
+def _camera(key: str, feature: dict[str, Any], path: Path) -> Camera:
+    shape, names = feature.get("shape"), feature.get("names")
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(isinstance(size, int) and size > 0 for size in shape)
+    ):
+        raise DatasetError(
+            f"{path} gives {key} the shape {shape}, which is no image's: record the camera again."
+        )
+    # Recordings write either order and name it; the usual one is height, width, channels.
+    channels_first = isinstance(names, list) and names[:1] in (["channel"], ["channels"])
+    height, width = shape[1:] if channels_first else shape[:2]
+    return Camera(key, height, width, feature["dtype"] == "video")
+
+
+def _policy_cameras(
+    features: dict[str, Any], recorded: tuple[Camera, ...], path: Path
+) -> tuple[str, ...]:
     for key in REQUIRED_CAMERAS:
         if key not in features:
             found = [name for name in features if name.startswith("observation.images.")]
@@ -149,33 +204,35 @@ def _cameras(features: dict[str, Any], path: Path) -> tuple[str, ...]:
             )
     present = tuple(key for key in REQUIRED_CAMERAS + OPTIONAL_CAMERAS if key in features)
     for key in present:
-        feature = features[key]
-        shape = feature.get("shape")
-        if (
-            feature.get("dtype") not in {"video", "image"}
-            or not isinstance(shape, list)
-            or len(shape) != 3
-        ):
+        if key not in {camera.key for camera in recorded}:
             raise DatasetError(
                 f"{path} does not describe {key} as video or images: record the camera again."
             )
     return present
 
 
-def _check_tasks(root: Path) -> None:
+def _tasks(root: Path) -> tuple[str, ...]:
     path = root / "meta" / "tasks.parquet"
-    if _table([path], ["task_index"], f"{path}").num_rows == 0:
+    table = _table([path], None, f"{path}")
+    # pandas stores its index as a column; early v3.0 conversions left it without a name.
+    text = next((name for name in ("task", "__index_level_0__") if name in table.column_names), "")
+    if not text or "task_index" not in table.column_names or table.num_rows == 0:
         raise DatasetError(f"{path} holds no task: record every episode with a task sentence.")
+    # lerobot takes the row at this position, whatever its task_index says.
+    if table["task_index"].to_pylist() != list(range(table.num_rows)):
+        raise DatasetError(
+            f"{path} does not list tasks 0 to {table.num_rows - 1} in order: copy the dataset again."
+        )
+    return tuple(str(task) for task in table[text].to_pylist())
 
 
-def _episodes(root: Path, info: dict[str, Any], features: dict[str, Any]) -> tuple[Episode, ...]:
+def _episodes(root: Path, info: dict[str, Any], videos: list[str]) -> tuple[Episode, ...]:
     folder = root / "meta" / "episodes"
     paths = sorted(folder.glob("*/*.parquet"))
     if not paths:
         raise DatasetError(f"{folder} holds no episode metadata: copy the dataset again, whole.")
-    # lerobot decodes every video feature, also of cameras that the policy does not see.
-    videos = [key for key, feature in features.items() if feature.get("dtype") == "video"]
-    columns = [f"videos/{key}/{part}_index" for key in videos for part in ("chunk", "file")]
+    parts = ("chunk_index", "file_index", "from_timestamp")
+    columns = [f"videos/{key}/{part}" for key in videos for part in parts]
     rows = _table(paths, [*_EPISODE_COLUMNS, *columns], f"{folder}").to_pylist()
     if [row["episode_index"] for row in rows] != list(range(len(rows))):
         raise DatasetError(
@@ -209,25 +266,29 @@ def _episode(row: dict[str, Any], info: dict[str, Any], videos: list[str]) -> Ep
             )
         ),
         videos=tuple(
-            Path(
-                info["video_path"].format(
-                    video_key=key,
-                    chunk_index=row[f"videos/{key}/chunk_index"],
-                    file_index=row[f"videos/{key}/file_index"],
-                )
+            Clip(
+                camera=key,
+                file=Path(
+                    info["video_path"].format(
+                        video_key=key,
+                        chunk_index=row[f"videos/{key}/chunk_index"],
+                        file_index=row[f"videos/{key}/file_index"],
+                    )
+                ),
+                start=float(row[f"videos/{key}/from_timestamp"]),
             )
             for key in videos
         ),
     )
 
 
-def _table(paths: list[Path], columns: list[str], where: str) -> pa.Table:
-    """These columns of parquet files, one after the other."""
+def _table(paths: list[Path], columns: list[str] | None, where: str) -> pa.Table:
+    """These columns (None: all) of parquet files, one after the other."""
     try:
         tables = []
         for path in paths:
             with pq.ParquetFile(path) as file:
-                missing = set(columns) - set(file.schema_arrow.names)
+                missing = set(columns or ()) - set(file.schema_arrow.names)
                 if missing:
                     raise DatasetError(
                         f"{path} has no column {sorted(missing)[0]}: it is not LeRobot {VERSION} metadata, convert it."

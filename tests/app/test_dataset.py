@@ -1,20 +1,21 @@
 """Dataset URIs, the contract, the split, and reading through lerobot."""
 
-import json
+import math
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from app.dataset import open_dataset, parse_uri, split
 from certs.errors import DatasetError
+from tests.damage import FLOATS, data, edit_column, edit_info, edit_parquet, meta_rows, video
 
 
 @pytest.fixture
@@ -26,17 +27,6 @@ def copy(tiny_dataset: Path, tmp_path: Path) -> Path:
 
 def _open(uri: object) -> Any:
     return open_dataset(str(uri), held_out=0.25, seed=0)
-
-
-def _edit_info(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = root / "meta" / "info.json"
-    info = json.loads(path.read_text())
-    change(info)
-    path.write_text(json.dumps(info))
-
-
-def _edit_parquet(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    pq.write_table(change(pq.read_table(path)), path)
 
 
 def test_parses_uris() -> None:
@@ -140,37 +130,6 @@ def test_a_dataset_without_statistics_is_fine(copy: Path) -> None:
     assert len(_open(copy).lerobot([0])) == 30
 
 
-def _video(root: Path, camera: str = "top") -> Path:
-    return next((root / "videos" / f"observation.images.{camera}").rglob("*.mp4"))
-
-
-def _data(root: Path) -> Path:
-    return min((root / "data").rglob("*.parquet"))
-
-
-def _meta_rows(root: Path) -> Path:
-    return next((root / "meta" / "episodes").rglob("*.parquet"))
-
-
-def _set(table: pa.Table, column: str, values: list[object]) -> pa.Table:
-    index = table.column_names.index(column)
-    return table.set_column(index, column, pa.array(values, table.schema.field(column).type))
-
-
-def _edit_column(
-    root: Path, column: str, change: Callable[[Any], Any], kind: pa.DataType | None = None
-) -> None:
-    def edit(table: pa.Table) -> pa.Table:
-        index = table.column_names.index(column)
-        values = change(table[column].to_pylist())
-        return table.set_column(
-            index, column, pa.array(values, kind or table.schema.field(column).type)
-        )
-
-    _edit_parquet(_data(root), edit)
-
-
-FLOATS = pa.list_(pa.float32())
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no directory": (shutil.rmtree, "does not exist"),
     "no info": (lambda root: (root / "meta" / "info.json").unlink(), "no meta/info.json"),
@@ -180,59 +139,57 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "list info": (lambda root: (root / "meta" / "info.json").write_text("[]"), "not a JSON object"),
     "v2.1": (
-        lambda root: _edit_info(root, lambda info: info.update(codebase_version="v2.1")),
+        lambda root: edit_info(root, lambda info: info.update(codebase_version="v2.1")),
         "convert it with",
     ),
     "v4.0": (
-        lambda root: _edit_info(root, lambda info: info.update(codebase_version="v4.0")),
+        lambda root: edit_info(root, lambda info: info.update(codebase_version="v4.0")),
         "'v4.0'",
     ),
     "no features": (
-        lambda root: _edit_info(root, lambda info: info.pop("features")),
+        lambda root: edit_info(root, lambda info: info.pop("features")),
         "no features",
     ),
     "no action": (
-        lambda root: _edit_info(root, lambda info: info["features"].pop("action")),
+        lambda root: edit_info(root, lambda info: info["features"].pop("action")),
         "no feature action",
     ),
     "seven joints": (
-        lambda root: _edit_info(root, lambda info: info["features"]["action"].update(shape=[7])),
+        lambda root: edit_info(root, lambda info: info["features"]["action"].update(shape=[7])),
         r"action the shape \[7\]",
     ),
     "float64": (
-        lambda root: _edit_info(
+        lambda root: edit_info(
             root, lambda info: info["features"]["observation.state"].update(dtype="float64")
         ),
         "observation.state as float64",
     ),
     "unnamed joints": (
-        lambda root: _edit_info(root, lambda info: info["features"]["action"].update(names=None)),
+        lambda root: edit_info(root, lambda info: info["features"]["action"].update(names=None)),
         "names the joints of action None",
     ),
     "joints in another order": (
-        lambda root: _edit_info(root, lambda info: info["features"]["action"]["names"].reverse()),
+        lambda root: edit_info(root, lambda info: info["features"]["action"]["names"].reverse()),
         "in this order",
     ),
     "no wrist camera": (
-        lambda root: _edit_info(
-            root, lambda info: info["features"].pop("observation.images.wrist")
-        ),
+        lambda root: edit_info(root, lambda info: info["features"].pop("observation.images.wrist")),
         "no camera observation.images.wrist .found: observation.images.top",
     ),
     "camera is a vector": (
-        lambda root: _edit_info(
+        lambda root: edit_info(
             root, lambda info: info["features"]["observation.images.top"].update(dtype="float32")
         ),
         "does not describe observation.images.top",
     ),
-    "fps 0": (lambda root: _edit_info(root, lambda info: info.update(fps=0)), "fps 0"),
-    "fps missing": (lambda root: _edit_info(root, lambda info: info.pop("fps")), "fps None"),
+    "fps 0": (lambda root: edit_info(root, lambda info: info.update(fps=0)), "fps 0"),
+    "fps missing": (lambda root: edit_info(root, lambda info: info.pop("fps")), "fps None"),
     "no data path": (
-        lambda root: _edit_info(root, lambda info: info.pop("data_path")),
+        lambda root: edit_info(root, lambda info: info.pop("data_path")),
         "do not fit together",
     ),
     "wrong count": (
-        lambda root: _edit_info(root, lambda info: info.update(total_episodes=5)),
+        lambda root: edit_info(root, lambda info: info.update(total_episodes=5)),
         "counts 5",
     ),
     "no tasks": (
@@ -247,75 +204,117 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: shutil.rmtree(root / "meta" / "episodes"),
         "no episode metadata",
     ),
-    "cut episode rows": (lambda root: _meta_rows(root).write_bytes(b"PAR1"), "cannot be read"),
+    "cut episode rows": (lambda root: meta_rows(root).write_bytes(b"PAR1"), "cannot be read"),
     "episode missing": (
-        lambda root: _edit_parquet(_meta_rows(root), lambda table: table.slice(1)),
+        lambda root: edit_parquet(meta_rows(root), lambda table: table.slice(1)),
         "does not list episodes 0 to 2",
     ),
     "column missing": (
-        lambda root: _edit_parquet(
-            _meta_rows(root), lambda table: table.drop_columns("data/file_index")
+        lambda root: edit_parquet(
+            meta_rows(root), lambda table: table.drop_columns("data/file_index")
         ),
         "no column data/file_index",
     ),
     "empty episode": (
-        lambda root: _edit_parquet(
-            _meta_rows(root), lambda table: _set(table, "dataset_to_index", [0, 65, 105, 150])
-        ),
+        lambda root: edit_column(meta_rows(root), "dataset_to_index", lambda _: [0, 65, 105, 150]),
         "episode 0 holds no frames",
     ),
     "no task sentence": (
-        lambda root: _edit_parquet(
-            _meta_rows(root), lambda table: _set(table, "tasks", [[""]] * 4)
-        ),
+        lambda root: edit_column(meta_rows(root), "tasks", lambda _: [[""]] * 4),
         "no task sentence",
     ),
-    "no data": (lambda root: _data(root).unlink(), "parquet is missing"),
-    "empty data": (lambda root: _data(root).write_bytes(b""), "parquet is empty"),
+    "no data": (lambda root: data(root).unlink(), "parquet is missing"),
+    "empty data": (lambda root: data(root).write_bytes(b""), "parquet is empty"),
     "rows missing": (
-        lambda root: _edit_parquet(_data(root), lambda table: table.slice(0, 148)),
+        lambda root: edit_parquet(data(root), lambda table: table.slice(0, 148)),
         "43 frames of episode 3 where the metadata lists frames 105 to 149",
     ),
     "another index": (
-        lambda root: _edit_column(root, "index", lambda values: [value + 1 for value in values]),
+        lambda root: edit_column(
+            data(root), "index", lambda values: [value + 1 for value in values]
+        ),
         "30 frames of episode 0 where the metadata lists frames 0 to 29",
     ),
     "no action column": (
-        lambda root: _edit_parquet(_data(root), lambda table: table.drop_columns("action")),
+        lambda root: edit_parquet(data(root), lambda table: table.drop_columns("action")),
         "no column action",
     ),
     "five joints inside": (
-        lambda root: _edit_column(root, "action", lambda rows: [row[:5] for row in rows], FLOATS),
+        lambda root: edit_column(
+            data(root), "action", lambda rows: [row[:5] for row in rows], FLOATS
+        ),
         "action that is not 6 joints wide",
     ),
     "one short row": (
-        lambda root: _edit_column(root, "action", lambda rows: [rows[0][:5], *rows[1:]], FLOATS),
+        lambda root: edit_column(
+            data(root), "action", lambda rows: [rows[0][:5], *rows[1:]], FLOATS
+        ),
         "rows of action differ in width",
     ),
     "a missing row": (
-        lambda root: _edit_column(
-            root, "observation.state", lambda rows: [None, *rows[1:]], FLOATS
+        lambda root: edit_column(
+            data(root), "observation.state", lambda rows: [None, *rows[1:]], FLOATS
         ),
         "value of observation.state is missing",
     ),
     "text for numbers": (
-        lambda root: _edit_column(root, "timestamp", lambda rows: ["now"] * len(rows), pa.string()),
+        lambda root: edit_column(
+            data(root), "timestamp", lambda rows: ["now"] * len(rows), pa.string()
+        ),
         "values of timestamp are of type string",
     ),
     "late by 4 ms": (
-        lambda root: _edit_column(root, "timestamp", lambda rows: [*rows[:-1], rows[-1] + 0.004]),
+        lambda root: edit_column(
+            data(root), "timestamp", lambda rows: [*rows[:-1], rows[-1] + 0.004]
+        ),
         "episode 3 .* 0.0040 s off 30 frames",
     ),
+    "a timestamp that is no number": (
+        lambda root: edit_column(data(root), "timestamp", lambda rows: [math.nan, *rows[1:]]),
+        "episode 0 .* timestamps nan s off",
+    ),
+    "frames counted from 1": (
+        lambda root: edit_column(
+            data(root), "frame_index", lambda rows: [*rows[:-1], rows[-1] + 1]
+        ),
+        "episode 3 .* does not count its frames from 0 to 44",
+    ),
+    "unknown task": (
+        lambda root: edit_column(data(root), "task_index", lambda rows: [*rows[:-1], 1]),
+        "episode 3 .* is of task 1, but meta/tasks.parquet lists 1",
+    ),
+    "tasks in another order": (
+        lambda root: edit_column(root / "meta" / "tasks.parquet", "task_index", lambda _: [1]),
+        "does not list tasks 0 to 0 in order",
+    ),
+    "tasks without words": (
+        lambda root: edit_parquet(
+            root / "meta" / "tasks.parquet", lambda table: table.select(["task_index"])
+        ),
+        "tasks.parquet holds no task",
+    ),
+    "flat images": (
+        lambda root: edit_info(
+            root, lambda info: info["features"]["observation.images.top"].update(shape=[96, 128])
+        ),
+        r"observation.images.top the shape \[96, 128\]",
+    ),
+    "no place in the video": (
+        lambda root: edit_column(
+            meta_rows(root), "videos/observation.images.top/from_timestamp", lambda _: [None] * 4
+        ),
+        "do not fit together",
+    ),
     "wrong fps": (
-        lambda root: _edit_info(root, lambda info: info.update(fps=50)),
+        lambda root: edit_info(root, lambda info: info.update(fps=50)),
         "off 50 frames per second",
     ),
     "cut data": (
-        lambda root: _data(root).write_bytes(_data(root).read_bytes()[:-100]),
+        lambda root: data(root).write_bytes(data(root).read_bytes()[:-100]),
         "parquet cannot be read",
     ),
-    "no video": (lambda root: _video(root).unlink(), "mp4 is missing"),
-    "empty video": (lambda root: _video(root, "wrist").write_bytes(b""), "mp4 is empty"),
+    "no video": (lambda root: video(root).unlink(), "mp4 is missing"),
+    "empty video": (lambda root: video(root, "wrist").write_bytes(b""), "mp4 is empty"),
 }
 
 
@@ -350,18 +349,44 @@ def test_refuses_partitions_that_cannot_be_split(
 
 
 def test_files_that_no_chosen_episode_needs_may_be_absent(copy: Path) -> None:
-    def elsewhere(table: pa.Table) -> pa.Table:
-        return _set(table, "videos/observation.images.top/file_index", [0, 0, 0, 7])
-
-    _edit_parquet(_meta_rows(copy), elsewhere)
+    edit_column(meta_rows(copy), "videos/observation.images.top/file_index", lambda _: [0, 0, 0, 7])
     assert _open(f"{copy}#episodes=0:3").episodes == (0, 1, 2)
     with pytest.raises(DatasetError, match=r"file-007.mp4 is missing"):
         _open(copy)
 
 
+def test_images_are_found_late_in_a_long_video(tiny_dataset: Path, tmp_path: Path) -> None:
+    """A quarter of an hour into a file, lerobot's float32 moves a time by more than its own tolerance."""
+    import av
+    import numpy as np
+    from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames_pyav
+
+    # An episode of five minutes that begins after 33,000 frames, and which of its frames rounding tears from its image.
+    place = 33_000 + np.arange(9000)
+    wanted = 33_000 / 30 + (np.arange(9000) / 30).astype(np.float32).astype(np.float64)
+    apart = np.abs(wanted.astype(np.float32) - (place / 30).astype(np.float32))
+    row = int(apart.argmax())
+    second = float(wanted[row])
+    path = tmp_path / "late.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=30, width=64, height=64, pix_fmt="yuv420p")
+        for number in (0, *place[row - 1 : row + 2]):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(number), Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(FrameTimestampError):
+        decode_video_frames_pyav(path, [second], 1e-4)
+    tolerance = _open(tiny_dataset).lerobot([0]).tolerance_s
+    assert len(decode_video_frames_pyav(path, [second], tolerance)) == 1
+    # And no other image is mistaken for it.
+    with pytest.raises(FrameTimestampError):
+        decode_video_frames_pyav(path, [second + 0.002], tolerance)
+
+
 def test_damage_after_opening_is_one_sentence(copy: Path) -> None:
     dataset = _open(copy)
-    _data(copy).write_bytes(_data(copy).read_bytes()[:-100])
+    data(copy).write_bytes(data(copy).read_bytes()[:-100])
     with pytest.raises(DatasetError, match="cannot be read") as caught:
         dataset.lerobot([0])
     assert str(copy) in str(caught.value)
@@ -370,9 +395,9 @@ def test_damage_after_opening_is_one_sentence(copy: Path) -> None:
 
 def test_hub_datasets_fetch_only_the_chosen_files(hub: Any, copy: Path, tmp_path: Path) -> None:
     # A repository in two data files, as large ones are: the second one is not needed.
-    shutil.copy(_data(copy), _data(copy).with_name("file-001.parquet"))
-    assert _data(copy).name == "file-000.parquet"
-    _edit_parquet(_meta_rows(copy), lambda table: _set(table, "data/file_index", [0, 0, 0, 1]))
+    shutil.copy(data(copy), data(copy).with_name("file-001.parquet"))
+    assert data(copy).name == "file-000.parquet"
+    edit_column(meta_rows(copy), "data/file_index", lambda _: [0, 0, 0, 1])
     hub.repositories = {"datasets/acme/pick": copy}
     hub.revisions = {"datasets/acme/pick": {"v3.0", "main"}}
     cache = tmp_path / "cache"
