@@ -4,6 +4,10 @@
 the base's configuration, all tensors with the round's trainable ones put in as float32, and the
 base's processors with the run's pooled statistics and the federation's camera names.
 
+Beside the policy lies what the next round needs: ``federation.json``, the server optimiser's state,
+and the broadcast that leads here from the round before. The latter two are as large as the model
+and are kept in the newest checkpoint alone.
+
 The VLM's configuration and tokenizer are not copied. A hub name stays as the base has it; where
 they lie on this machine (the tiny base), the checkpoint names their absolute path.
 """
@@ -12,64 +16,135 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from app import tensorfile
 from app.durable import point, sync, write_json
-from app.payload import Tensors
+from app.payload import Payload, Tensors, canonical_hash
 from app.policy import CAMERAS, vlm_beside
-from app.tensorfile import WEIGHTS
-from certs.errors import ModelError
+from app.tensorfile import WEIGHTS, Lazy, Writer
+from certs.errors import ModelError, StorageError
 
 SCHEMA = 1
 FEDERATION = "federation.json"
+# The server's own state, and the payload that turns the round before into this one.
+SERVER = "server.safetensors"
+UPDATE = "update.payload"
 LATEST = "latest"
+BEST = "best"
 _PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
 _NORMALISERS = ("normalizer_processor", "unnormalizer_processor")
 
 
-def write_checkpoint(
-    checkpoints: Path,
-    number: int,
-    *,
-    base: Path,
-    tensors: Tensors,
-    normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
-    federation: Mapping[str, Any],
-) -> Path:
-    """Write ``checkpoints/round-NNNN`` and point ``checkpoints/latest`` at it; returns its path.
+class Checkpoint:
+    """A round's directory under construction; it gets its name in :meth:`finish`.
 
-    ``federation`` (round, hash of the model, base, participants) goes into ``federation.json``. A
-    crash at any moment leaves either the whole directory or none.
+    A crash at any moment leaves either the whole directory or none. ``shapes`` are those of the
+    trainable tensors, ``states`` names the server's tensors of each of them.
     """
-    target = checkpoints / f"round-{number:04d}"
-    work = checkpoints / f".round-{number:04d}.tmp"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    # Left by a process that died while it wrote.
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        number: int,
+        *,
+        base: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        states: Sequence[str],
+        normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
+    ) -> None:
+        self._shapes = dict(shapes)
+        self._target = checkpoints / f"round-{number:04d}"
+        self._work = checkpoints / f".round-{number:04d}.tmp"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        # Left by a process that died while it wrote.
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir()
+        try:
+            vlm = vlm_beside(base)
+            config = _json(base / "config.json")
+            if vlm:
+                config["vlm_model_name"] = str(vlm)
+            write_json(self._work / "config.json", config)
+            for name in _PROCESSORS:
+                _processor(base, self._work, name, normalisation, vlm)
+            self._weights = Writer(self._work / WEIGHTS, shapes, base=base / WEIGHTS)
+            server = {
+                f"{state}.{name}": shape for state in states for name, shape in shapes.items()
+            }
+            self._server = Writer(self._work / SERVER, server) if server else None
+        except BaseException:
+            shutil.rmtree(self._work, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def put(self, name: str, value: np.ndarray[Any, np.dtype[np.float32]], **states: Any) -> None:
+        """Write a trainable tensor and the server's state of it."""
+        self._weights.put(name, value)
+        if self._server:
+            for state, array in states.items():
+                self._server.put(f"{state}.{name}", array)
+
+    def finish(self, federation: Mapping[str, Any], update: Callable[[str], Payload] | None) -> str:
+        """Give the directory its name, point ``latest`` at it; returns the model's canonical hash.
+
+        ``federation`` (round, base, participants) goes into ``federation.json`` with the hash;
+        ``update`` makes, from that hash, the broadcast that leads here from the round before.
+        """
+        self._weights.close()
+        if self._server:
+            self._server.close()
+        model = canonical_hash(Lazy(self._work / WEIGHTS, self._shapes))
+        if update:
+            update(model).write(self._work / UPDATE)
+        write_json(self._work / FEDERATION, {"schema": SCHEMA, **federation, "model": model})
+        sync(self._work)
+        checkpoints = self._target.parent
+        self._work.rename(self._target)
+        sync(checkpoints)
+        point(checkpoints / LATEST, self._target.name)
+        for other in checkpoints.glob("round-*"):
+            if other != self._target:
+                for name in (SERVER, UPDATE):
+                    (other / name).unlink(missing_ok=True)
+        return model
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The checkpoint of the highest round; ``latest`` is set anew, should a crash have prevented it."""
+    found = max(checkpoints.glob("round-[0-9]*"), key=lambda path: int(path.name[6:]), default=None)
+    if found:
+        point(checkpoints / LATEST, found.name)
+    return found
+
+
+def read_federation(checkpoint: Path) -> dict[str, Any]:
+    """The ``federation.json`` of a checkpoint; ``StorageError`` when it cannot be used."""
+    path = checkpoint / FEDERATION
     try:
-        vlm = vlm_beside(base)
-        config = _json(base / "config.json")
-        if vlm:
-            config["vlm_model_name"] = str(vlm)
-        write_json(work / "config.json", config)
-        for name in _PROCESSORS:
-            _processor(base, work, name, normalisation, vlm)
-        tensorfile.write(work / WEIGHTS, tensors, base=base / WEIGHTS)
-        write_json(work / FEDERATION, {"schema": SCHEMA, **federation})
-        sync(work)
-        work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    sync(checkpoints)
-    point(checkpoints / LATEST, target.name)
-    return target
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"version {content['schema']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} cannot be read ({error}): restore the run's directory, or start a new run."
+        ) from error
+    return content
 
 
 def _processor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.statistics import Moments, from_bytes, to_bytes
@@ -22,6 +23,8 @@ class Description:
     """A site's dataset in numbers; ``moments`` cover its training episodes alone."""
 
     site: str
+    # The dataset's name, without its directory: where it lies is the site's own business.
+    dataset: str
     train_episodes: int
     held_out_episodes: int
     # Frames of the training episodes, and of the held-out ones.
@@ -31,12 +34,25 @@ class Description:
     cameras: tuple[str, ...]
     tasks: tuple[str, ...]
     moments: dict[str, Moments]
+    # Canonical hash of the trainable tensors it holds.
+    held: str
+    # Bytes its link takes in one request; 0 where it was not measured.
+    chunk_bytes: int
 
     @classmethod
-    def of(cls, site: str, dataset: SiteDataset, moments: dict[str, Moments]) -> Description:
+    def of(
+        cls,
+        site: str,
+        dataset: SiteDataset,
+        moments: dict[str, Moments],
+        *,
+        held: str,
+        chunk_bytes: int,
+    ) -> Description:
         """Describe ``dataset``."""
         return cls(
             site=site,
+            dataset=dataset.uri if dataset.uri.startswith("hf:") else Path(dataset.uri).name,
             train_episodes=len(dataset.train_episodes),
             held_out_episodes=len(dataset.held_out_episodes),
             train_frames=dataset.frames(dataset.train_episodes),
@@ -45,11 +61,14 @@ class Description:
             cameras=tuple(camera.rsplit(".", 1)[-1] for camera in dataset.cameras),
             tasks=dataset.tasks,
             moments=moments,
+            held=held,
+            chunk_bytes=chunk_bytes,
         )
 
     def summary(self) -> dict[str, Any]:
-        """All but the moments, for the record of the run."""
+        """What the record of the run keeps of it."""
         return {
+            "dataset": self.dataset,
             "train_episodes": self.train_episodes,
             "held_out_episodes": self.held_out_episodes,
             "train_frames": self.train_frames,
@@ -64,7 +83,13 @@ class Description:
         from flwr.app import ConfigRecord, RecordDict
 
         record = ConfigRecord(
-            {"site": self.site, **self.summary(), "moments": to_bytes(self.moments)}
+            {
+                "site": self.site,
+                **self.summary(),
+                "moments": to_bytes(self.moments),
+                "held": self.held,
+                "chunk_bytes": self.chunk_bytes,
+            }
         )
         return RecordDict({RECORD: record})
 
@@ -75,10 +100,13 @@ class Description:
             record: dict[str, Any] = dict(records.config_records[RECORD])
             described = cls(
                 site=str(record["site"]),
+                dataset=str(record["dataset"]),
                 **{key: int(record[key]) for key in _COUNTS},
                 cameras=tuple(map(str, record["cameras"])),
                 tasks=tuple(map(str, record["tasks"])),
                 moments=from_bytes(record["moments"]),
+                held=str(record["held"]),
+                chunk_bytes=int(record["chunk_bytes"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(

@@ -6,6 +6,7 @@ was not measured is null, never 0.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -17,10 +18,12 @@ from app.durable import point, sync, write_json
 from certs.errors import RunFailedError, StorageError
 
 # Raised when a field's meaning changes; readers refuse versions they do not know.
-SCHEMA = 1
+SCHEMA = 2
 CONFIG = "config.json"
 ROUNDS = "rounds.jsonl"
 LATEST = "latest"
+# Held by the ServerApp that writes the run; the kernel releases it when that process ends.
+_LOCK = ".lock"
 
 
 def runs_root() -> Path:
@@ -29,7 +32,10 @@ def runs_root() -> Path:
 
 
 class Journal:
-    """Writes the record of one run; every call returns when its data is on disk."""
+    """Writes the record of one run; every call returns when its data is on disk.
+
+    ``StorageError`` when the directory cannot be made, or another process writes this run.
+    """
 
     def __init__(self, root: Path, run: str) -> None:
         self.directory = root / run
@@ -37,11 +43,22 @@ class Journal:
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(root)
             point(root / LATEST, run)
+            # Kept open: the lock lives as long as this process.
+            self._lock = (self.directory / _LOCK).open("w")
         except OSError as error:
             raise StorageError(
                 f"The run's directory {self.directory} cannot be made ({error.strerror}): check who "
                 "owns the directory that VLAFLEET_RUNS names."
             ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StorageError(
+                f"Another ServerApp still works on the run in {self.directory}: wait for its end or "
+                "stop it first."
+            ) from error
+        self._cut_off_half_a_line()
 
     def describe(self, record: Mapping[str, Any]) -> None:
         """Replace ``config.json``: what the run was asked for and, once known, who takes part."""
@@ -55,6 +72,26 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         sync(self.directory)
+
+    def close(self) -> None:
+        """Let another process write this run."""
+        self._lock.close()
+
+    def _cut_off_half_a_line(self) -> None:
+        """Remove what a crash left of a line: the next record would be glued to it."""
+        path = self.directory / ROUNDS
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")
+            if whole[2]:
+                os.truncate(path, len(whole[0]) + len(whole[1]))
+
+
+def unfinished(root: Path) -> str:
+    """The run to resume, the newest below ``root``; ``RunFailedError`` when there is none."""
+    latest = root / LATEST
+    if not latest.is_symlink():
+        raise RunFailedError(f"There is no run to resume in {root}: start one without resume.")
+    return os.readlink(latest)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

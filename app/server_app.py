@@ -2,51 +2,47 @@
 
 Needs neither torch nor lerobot. Its log lines, which ``flwr log`` shows, keep one form:
 ``round 1/3 train: site-a completed, loss 0.812, 240 frames, 12.3 s``.
+
+A run is resumed from its directory alone: ``config.json`` says what it was asked for,
+``rounds.jsonl`` which rounds are over, the newest checkpoint where the model stands.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from app import payload, statistics, tensorfile
-from app.aggregation import Accumulator, mean_loss, mean_rmse
-from app.checkpoint import write_checkpoint
-from app.client_app import METRICS, REQUEST
-from app.config import RunConfig, models_directory
-from app.dataset_meta import JOINTS
-from app.description import Description
-from app.journal import Journal, runs_root
-from app.payload import PayloadError
-from app.policy import frozen_hash, resolve_model, trainable_names
-from app.rounds import (
-    Exchange,
-    Outcome,
-    Phase,
-    Round,
-    Site,
-    State,
-    one_line,
-    wait_for_sites,
-)
-from app.tensorfile import WEIGHTS
-from certs.errors import DatasetError, FleetError, RunFailedError
-from certs.roles import checked_name
+from app import hub, payload, schedule, server_evaluation, statistics
+from app.aggregation import Updates
+from app.checkpoint import BEST, LATEST, newest, read_federation
+from app.config import RunConfig
+from app.durable import point
+from app.journal import ROUNDS, Journal, read_config, read_rounds, runs_root, unfinished
+from app.model import Model
+from app.model_card import write_model_card
+from app.participants import Participants
+from app.record import begin, complete, now, past
+from app.report import write_report
+from app.requests import ask
+from app.requests import number as shown
+from app.rounds import Phase, Round, Site, State, bounded, one_line, select, wait_for_sites
+from app.schedule import Past
+from certs.errors import ConfigError, FleetError, RunFailedError
+from certs.flower import set_chunk_size
 
 _log = logging.getLogger("flwr")
 app = ServerApp()
 
-# Every metric a site may report, and null where it did not.
-_SECONDS = {"work_seconds": float, "ready_seconds": float}
-_TRAIN = {"loss": float, "last_loss": float, "frames": int, "grad_norm": float, **_SECONDS}
-_EVALUATE = {"loss": float, "frames": int, "rmse_deg": list, **_SECONDS}
+# How a run ends that did not fail.
+COMPLETED, EARLY = "completed", "early stopping"
 
 
 class _OneSentence(logging.Filter):
@@ -73,310 +69,352 @@ class Run:
     """One run's state between its rounds."""
 
     def __init__(self, grid: Grid, run_id: str, config: RunConfig) -> None:
-        self._grid, self._id, self._config = grid, run_id, config
-        self._journal = Journal(runs_root(), run_id)
+        self._grid = grid
+        # A resumed run keeps its directory, its name and its settings.
+        name = unfinished(runs_root()) if config.resume else run_id
+        self._journal = Journal(runs_root(), name)
+        directory = self._journal.directory
         self._about: dict[str, Any] = {
-            "run": run_id,
-            "started_at": _now(),
+            "run": name,
+            "runs": [],
+            "started_at": now(),
+            "ended": None,
             "config": config.as_dict(),
             "model": None,
             "sites": None,
             "statistics": None,
         }
+        if config.resume:
+            self._about = read_config(directory)
+            config = _recorded(config, self._about)
+        self._config = config
+        self._records = read_rounds(directory)
+        ended = (self._about["ended"] or {}).get("reason")
+        if config.resume and (len(self._records) > config.rounds or ended == EARLY):
+            raise RunFailedError(
+                f"Run {name} has ended ({ended}): start a new run, without resume."
+            )
+        self._about |= {"runs": [*self._about["runs"], run_id], "ended": None}
         self._journal.describe(self._about)
-        self._sites: list[Site] = []
-        self._committed = 0
-        self._base_loss: float | None = None
+        self._checkpoints = directory / "checkpoints"
 
     def execute(self) -> None:
-        """Wait, describe, then rounds 0 to the last; ``RunFailedError`` unless all were committed."""
+        """Wait, describe, then the rounds that are left.
+
+        ``RunFailedError`` when the run cannot go on, or fewer rounds than asked were committed.
+        """
         config = self._config
-        self._load()
-        self._describe()
-        for number in range(config.rounds + 1):
-            self._round(number)
-        where = self._journal.directory
-        if self._committed < config.rounds:
-            raise RunFailedError(
-                f"{self._committed} of {config.rounds} rounds were committed: see the sites' "
-                f"reasons in {where / 'rounds.jsonl'}."
-            )
+        try:
+            self._load()
+            self._gather()
+            self._take_up()
+            ended = self._rounds()
+            self._end(ended)
+            committed = sum(bool(record["committed"]) for record in self._records[1:])
+            if committed < len(self._records) - 1:
+                raise RunFailedError(
+                    f"{committed} of {config.rounds} rounds were committed: see the sites' reasons "
+                    f"in {self._journal.directory / ROUNDS}."
+                )
+        except FleetError as error:
+            self._end(str(error))
+            raise
+        finally:
+            self._journal.close()
         _log.info(
-            "run %s finished: %d of %d rounds committed, model in %s",
-            *(self._id, self._committed, config.rounds, where / "checkpoints" / "latest"),
+            "run %s finished%s: %d of %d rounds committed, model in %s",
+            *(self._about["run"], "" if ended == COMPLETED else f" by {ended}", committed),
+            *(config.rounds, self._checkpoints / LATEST),
         )
 
     def _load(self) -> None:
-        self._base = resolve_model(self._config.model, models_directory())
-        self._frozen = frozen_hash(self._base)
-        self._tensors = tensorfile.read(self._base / WEIGHTS, trainable_names(self._base))
-        self._hash = payload.canonical_hash(self._tensors)
-        values = sum(array.size for array in self._tensors.values())
-        self._about["model"] = {
-            "name": self._config.model,
-            "hash": self._hash,
-            "frozen": self._frozen,
-            "trainable_tensors": len(self._tensors),
-            "trainable_values": values,
-        }
+        """The base model; a resumed run must find the one it began with."""
+        self._model = Model(self._config, self._checkpoints)
+        about = self._model.describe()
+        if self._about["model"] not in (None, about):
+            raise ConfigError(
+                f"Model {self._config.model!r} is not the one that run {self._about['run']} began "
+                "with: restore it, or start a new run."
+            )
+        self._about["model"] = about
         _log.info(
             "run %s: model %s, %d trainable values, %d rounds of %d steps",
-            *(self._id, self._config.model, values, self._config.rounds, self._config.local_steps),
+            *(self._about["run"], self._config.model, about["trainable_values"]),
+            *(self._config.rounds, self._config.local_steps),
         )
 
-    def _describe(self) -> None:
+    def _gather(self) -> None:
         """Learn who takes part and pool their statistics, which then stay as they are."""
         config = self._config
+        # What every request says: whose run it is, and its settings.
+        self._terms = {"lineage": self._about["run"], "config": json.dumps(config.as_dict())}
         _log.info("waiting up to %g s for %d sites", *(config.round_timeout, config.min_sites))
-        nodes = wait_for_sites(self._grid, config.min_sites, config.round_timeout)
-        asked = [Site(one_line(n.name) or f"node-{n.node_id}", n.node_id) for n in nodes]
-        registered = {node.node_id for node in nodes if node.name}
-        found: dict[Site, Description] = {}
+        self._participants = Participants(self._grid, config, ConfigRecord({**self._terms}))
+        recorded = self._about["statistics"]
+        self._participants.gather(
+            statistics.from_bytes(json.dumps(recorded).encode()) if recorded else None
+        )
+        self._held = self._participants.held
+        pooled = statistics.to_bytes(self._participants.moments)
+        self._terms |= {"statistics": pooled.decode()}
+        self._normalisation = statistics.normalisation(self._participants.moments)
+        self._about["statistics"] = json.loads(pooled)
+        self._describe()
 
-        def fold(site: Site, content: RecordDict) -> None:
-            described = Description.from_records(content)
-            # The SuperLink's registry says who a SuperNode is. Only without one does its own word.
-            name = (
-                site.name if site.node in registered else checked_name(described.site, "site name")
-            )
-            if any(name == other.name for other in found):
-                raise DatasetError(f"Another site is called {name} already: rename one of them.")
-            found[Site(name, site.node)] = described
-
-        def tell(outcome: Outcome) -> None:
-            detail = ""
-            for site, described in found.items():
-                if site.node == outcome.site.node:
-                    outcome = replace(outcome, site=site)
-                    episodes = described.train_episodes + described.held_out_episodes
-                    detail = (
-                        f", {episodes} episodes ({described.held_out_episodes} held out), "
-                        f"{described.train_frames} training frames"
-                    )
-            self._tell("describe", outcome, detail)
-
-        exchange = Exchange(self._grid, fold, tell, seconds=config.round_timeout)
-        exchange.dispatch({s: self._message(MessageType.QUERY, s, RecordDict()) for s in asked})
-        outcomes = exchange.collect()
-        if len(found) < config.min_sites:
-            reasons = "; ".join(f"{o.site.name}: {o.reason}" for o in outcomes if o.reason)
-            raise RunFailedError(
-                f"{len(found)} of the {config.min_sites} sites this run needs can take part "
-                f"({reasons})."
-            )
-        self._sites = sorted(found, key=lambda site: site.name)
-        if len({described.fps for described in found.values()}) > 1:
-            rates = ", ".join(f"{site.name} {found[site].fps}" for site in self._sites)
-            raise RunFailedError(
-                f"The sites record different frames a second ({rates}): run with sites of one rate."
-            )
-        pooled = statistics.merge([found[site].moments for site in self._sites])
-        self._statistics = statistics.to_bytes(pooled)
-        self._normalisation = statistics.normalisation(pooled)
-        self._about["sites"] = {site.name: found[site].summary() for site in self._sites}
-        self._about["statistics"] = {
-            feature: {name: values.tolist() for name, values in kinds.items()}
-            for feature, kinds in self._normalisation.items()
-        }
+    def _describe(self) -> None:
+        """Put the sites into the record of the run; cut messages as the slowest link asks."""
+        self._about["sites"] = {**(self._about["sites"] or {}), **self._participants.summaries}
         self._journal.describe(self._about)
+        if chunk := self._participants.chunk_bytes:
+            set_chunk_size(chunk)
+
+    def _take_up(self) -> None:
+        """Go on from the newest checkpoint; a run without one begins with round 0."""
+        checkpoint = newest(self._checkpoints)
+        if checkpoint is None:
+            return
+        federation = read_federation(checkpoint)
+        self._model.take_up(checkpoint, federation["model"])
+        number = federation["round"]
+        _log.info("round %d/%d: resumed from %s", number, self._config.rounds, checkpoint.name)
+        if number == len(self._records):
+            # The ServerApp died between the commit and the end of the round.
+            self._finish(Round(number), federation["record"], checkpoint)
+
+    def _rounds(self) -> str:
+        """Run the rounds that are left; how the run ended."""
+        config, ended = self._config, COMPLETED
+        while ended == COMPLETED and len(self._records) <= config.rounds:
+            self._round(len(self._records))
+            if schedule.stop(config, self._history()):
+                ended = EARLY
+        number = len(self._records) - 1
+        if ended == EARLY:
+            _log.info(
+                "round %d/%d: no better held-out loss for %d rounds, the best is round %s",
+                *(number, config.rounds, config.patience, self._records[-1]["best"]),
+            )
+        if config.push_to:
+            best = self._checkpoints / BEST
+            self._push(best if best.exists() else self._checkpoints / LATEST, number)
+        return ended
 
     def _round(self, number: int) -> None:
-        state, started = Round(number), _now()
-        trained: dict[str, dict[str, Any]] = {}
-        evaluated: dict[str, dict[str, Any]] = {}
-        participants: list[dict[str, Any]] = []
-        reason = None
-        if number:
-            total = Accumulator(self._tensors, base_hash=self._hash, frozen_hash=self._frozen)
-            trained = self._train(state, total)
-            if total.updates:
-                self._tensors = total.model()
-                self._hash = payload.canonical_hash(self._tensors)
-                participants = [
-                    {"site": name, "frames": site["frames"]}
-                    for name, site in trained.items()
-                    if site["state"] == State.COMPLETED
-                ]
-            else:
-                reason = "no valid update: the last model stays"
+        state = Round(number)
+        record = begin(number)
         checkpoint = None
-        if reason is None:
+        if number == 0:
             state.enter(Phase.COMMIT)
-            checkpoint = self._commit(number, participants)
-            state.enter(Phase.EVALUATE)
-            evaluated = self._evaluate(number)
+            checkpoint = self._commit(state, record, None)
         else:
-            state.enter(Phase.FAIL)
-            _log.warning("round %d/%d fail: %s", number, self._config.rounds, reason)
-        state.enter(Phase.DONE)
-        loss = mean_loss(evaluated.values())
-        whole = all(site["state"] == State.COMPLETED for site in evaluated.values())
-        self._tell_loss(number, loss, whole=whole)
-        asked = [*trained.values(), *evaluated.values()]
-        self._journal.append(
-            {
-                "round": number,
-                "committed": reason is None,
-                "reason": reason,
-                "started_at": started,
-                "model": self._hash,
-                "checkpoint": checkpoint,
-                "sites": {
-                    site.name: {
-                        "train": trained.get(site.name),
-                        "evaluate": evaluated.get(site.name),
-                    }
-                    for site in self._sites
-                },
-                "aggregate": {
-                    "train_loss": mean_loss(trained.values()),
-                    "frames": sum(site["frames"] for site in participants) if number else None,
-                    "loss": loss,
-                    "rmse_deg": mean_rmse(evaluated.values()),
-                },
-                "bytes": {
-                    way: sum(site[f"bytes_{way}"] or 0 for site in asked) for way in ("down", "up")
-                },
-                "seconds": state.seconds,
-            }
+            state.enter(Phase.SELECT)
+            with self._model.updates(self._journal.directory / ".updates") as updates:
+                try:
+                    sites = self._select(number)
+                    record["train"] = self._train(state, record, sites, updates)
+                    if len(updates) < self._config.quorum:
+                        raise RunFailedError(
+                            f"{len(updates)} valid updates where the quorum is "
+                            f"{self._config.quorum}: the last model stays"
+                        )
+                except RunFailedError as error:
+                    state.enter(Phase.FAIL)
+                    record["reason"] = str(error)
+                    _log.warning("round %d/%d fail: %s", number, self._config.rounds, error)
+                else:
+                    whole = len(updates) == len(sites)
+                    state.enter(Phase.COMMIT if whole else Phase.DEGRADE)
+                    checkpoint = self._commit(state, record, updates)
+        self._finish(state, record, checkpoint)
+
+    def _select(self, number: int) -> list[Site]:
+        """The sites of this round; ``RunFailedError`` when there is no quorum in time."""
+        config = self._config
+        online = wait_for_sites(self._grid, config.quorum, config.round_timeout)
+        if joined := self._participants.admit(online):
+            self._held |= {name: self._participants.held[name] for name in joined}
+            self._describe()
+            _log.info("round %d/%d: %s joined", number, config.rounds, ", ".join(joined))
+        return select(
+            self._participants.sites,
+            {node.node_id for node in online},
+            count=config.sites_per_round,
+            over_sampling=config.over_sampling,
+            seed=config.seed,
+            number=number,
         )
 
-    def _train(self, state: Round, total: Accumulator) -> dict[str, dict[str, Any]]:
-        def fold(content: RecordDict, metrics: Mapping[str, Any]) -> None:
-            total.add(payload.from_records(content, kind="delta"), metrics["frames"] or 0)
+    def _train(
+        self, state: Round, record: dict[str, Any], sites: list[Site], updates: Updates
+    ) -> dict[str, dict[str, Any]]:
+        """Ask ``sites`` for updates; each site's entry of the record."""
+        config, history = self._config, self._history()
+        scale, mu = schedule.scale(config, history), schedule.mu(config, history)
+        first = (state.number - 1) * config.local_steps
+        rates = [
+            scale * schedule.learning_rate(config, step)
+            for step in (first, first + config.local_steps - 1)
+        ]
+        record["plan"] = {"learning_rate": rates, "scale": scale, "mu": mu}
+        boosts = {site.name: schedule.boost(config, history, site.name) for site in sites}
+        accepted: dict[str, dict[str, Any]] = {}
+
+        def fold(site: Site, content: RecordDict, metrics: Mapping[str, Any]) -> None:
+            update = payload.from_records(content, kind="update")
+            norm = updates.add(site.name, update, metrics["frames"] or 0)
+            accepted[site.name] = {"update_norm": norm, "payload_sha256": update.sha256}
 
         state.enter(Phase.DISPATCH)
-        return self._ask(
-            state.number,
+        entries = ask(
+            self._grid,
+            config,
+            self._model.broadcast,
             MessageType.TRAIN,
-            _TRAIN,
-            fold,
-            dispatched=lambda: state.enter(Phase.COLLECT),
-        )
-
-    def _evaluate(self, number: int) -> dict[str, dict[str, Any]]:
-        return self._ask(number, MessageType.EVALUATE, _EVALUATE, lambda *_: None)
-
-    def _ask(
-        self,
-        number: int,
-        kind: str,
-        kinds: Mapping[str, type],
-        fold: Callable[[RecordDict, Mapping[str, Any]], None],
-        dispatched: Callable[[], None] = lambda: None,
-    ) -> dict[str, dict[str, Any]]:
-        """Send the model to every site; each site's record, by name."""
-        manifest, flat = payload.pack(
-            self._tensors, kind="model", base=self._hash, frozen=self._frozen
-        )
-        # One content for all: Flower stores its objects once.
-        content = payload.to_records(manifest, flat)
-        content[REQUEST] = ConfigRecord({"round": number, "statistics": self._statistics})
-        del flat
-        reported: dict[str, dict[str, Any]] = {}
-        came: dict[str, int] = {}
-
-        def take(site: Site, reply: RecordDict) -> None:
-            metrics = _metrics(reply, kinds)
-            fold(reply, metrics)
-            reported[site.name] = metrics
-            came[site.name] = payload.wire_bytes(reply)
-
-        def tell(outcome: Outcome) -> None:
-            found = reported.get(outcome.site.name)
-            detail = ""
-            if found:
-                detail = f", loss {_number(found['loss'])}, {found['frames']} frames"
-            self._tell(f"round {number}/{self._config.rounds} {kind}", outcome, detail)
-
-        exchange = Exchange(self._grid, take, tell, seconds=self._config.round_timeout)
-        down = payload.wire_bytes(content)
-        exchange.dispatch({site: self._message(kind, site, content) for site in self._sites})
-        del content
-        dispatched()
-        return {
-            outcome.site.name: {
-                "state": outcome.state.value,
-                "reason": outcome.reason,
-                "seconds": outcome.seconds,
-                "bytes_down": down if outcome.sent else 0,
-                "bytes_up": came.get(outcome.site.name),
-                **(reported.get(outcome.site.name) or dict.fromkeys(kinds)),
-            }
-            for outcome in exchange.collect()
-        }
-
-    def _commit(self, number: int, participants: list[dict[str, Any]]) -> str:
-        started = time.monotonic()
-        path = write_checkpoint(
-            self._journal.directory / "checkpoints",
-            number,
-            base=self._base,
-            tensors=self._tensors,
-            normalisation=self._normalisation,
-            federation={
-                "run": self._id,
-                "round": number,
-                "model": self._hash,
-                "base": self._about["model"],
-                "participants": participants,
+            {
+                site: self._request(state.number, scale=scale * boosts[site.name], mu=mu)
+                for site in sites
             },
+            self._held,
+            fold=fold,
+            dispatched=lambda: state.enter(Phase.COLLECT),
+            enough=config.sites_per_round or None,
         )
-        if number:
-            self._committed += 1
+        for name, entry in entries.items():
+            entry |= {
+                "learning_rate": [rate * boosts[name] for rate in rates],
+                **accepted.get(name, {"update_norm": None, "payload_sha256": None}),
+            }
+        return entries
+
+    def _request(self, number: int, **told: float) -> dict[str, Any]:
+        return {**self._terms, "round": number, **told}
+
+    def _commit(self, state: Round, record: dict[str, Any], updates: Updates | None) -> Path:
+        """Write the round's checkpoint, with what its record says up to here."""
+        started, number, phase = time.monotonic(), state.number, state.phase
+        record |= {"degraded": phase is Phase.DEGRADE, "seconds": dict(state.seconds)}
+        participants = [
+            {"site": name, "frames": entry["frames"]}
+            for name, entry in record["train"].items()
+            if entry["state"] == State.COMPLETED
+        ]
+        federation = {
+            "run": self._about["run"],
+            "round": number,
+            "base": self._about["model"],
+            "participants": participants,
+            "record": record,
+        }
+        path = self._model.commit(number, updates, self._normalisation, federation)
+        if updates:
             _log.info(
-                "round %d/%d commit: %d of %d sites, %d frames, model %s, %.1f s",
-                *(number, self._config.rounds, len(participants), len(self._sites)),
-                *(sum(site["frames"] for site in participants), self._hash[:12]),
-                time.monotonic() - started,
+                "round %d/%d %s: %d of %d sites, %d frames, model %s, %.1f s",
+                *(number, self._config.rounds, phase, len(updates), len(record["train"])),
+                *(updates.frames, self._model.hash[:12], time.monotonic() - started),
             )
-        return str(path.relative_to(self._journal.directory))
+        return path
 
-    def _message(self, kind: str, site: Site, content: RecordDict) -> Message:
-        # Once the round is over, a site that was away must not start on it.
-        return Message(content, site.node, kind, ttl=self._config.round_timeout)
-
-    def _tell(self, what: str, outcome: Outcome, detail: str) -> None:
-        reason = f", {outcome.reason}" if outcome.reason else ""
-        level = logging.INFO if outcome.state is State.COMPLETED else logging.WARNING
-        _log.log(
-            level,
-            "%s: %s %s%s%s, %.1f s",
-            *(what, outcome.site.name, outcome.state.value, reason, detail, outcome.seconds),
+    def _finish(self, state: Round, record: dict[str, Any], checkpoint: Path | None) -> None:
+        """Evaluate what was committed and write the round's record: from then on it is over."""
+        config, number = self._config, state.number
+        evaluated: dict[str, dict[str, Any]] = {}
+        server: dict[str, Any] = {}
+        if checkpoint:
+            state.enter(Phase.EVALUATE)
+            # Beside the sites' own evaluation: this machine is idle meanwhile.
+            uris = config.eval_datasets.split()
+            own = server_evaluation.start(checkpoint, uris, config) if uris else None
+            evaluated = ask(
+                self._grid,
+                config,
+                self._model.broadcast,
+                MessageType.EVALUATE,
+                {site: self._request(number) for site in self._participants.sites},
+                self._held,
+            )
+            server = own.result(config.round_timeout) if own else {}
+            for uri, result in server.items():
+                if result["reason"]:
+                    _log.warning("round %d evaluate %s: %s", number, uri, result["reason"])
+        state.enter(Phase.DONE)
+        line = complete(
+            record,
+            sites=self._about["sites"],
+            evaluated=evaluated,
+            server=server,
+            model=self._model.hash,
+            checkpoint=str(checkpoint.relative_to(self._journal.directory)) if checkpoint else None,
+            seconds=state.seconds,
         )
+        self._records.append(line)
+        line["best"] = schedule.best(self._history())
+        if line["best"] == number:
+            point(self._checkpoints / BEST, f"round-{number:04d}")
+        # After the link: a round that is over is not looked at again.
+        self._journal.append(line)
+        self._tell_loss(line)
+        if checkpoint and config.push_every and number and number % config.push_every == 0:
+            self._push(checkpoint, number)
 
-    def _tell_loss(self, number: int, loss: float | None, *, whole: bool) -> None:
+    def _history(self) -> list[Past]:
+        return [past(record) for record in self._records]
+
+    def _end(self, reason: str) -> None:
+        """Record how the run ended and write its report; neither may hide the reason itself."""
+        self._about["ended"] = {"at": now(), "reason": reason}
+        self._journal.describe(self._about)
+        for write in (write_report, write_model_card) if self._records else ():
+            try:
+                write(self._journal.directory)
+            except Exception as error:  # noqa: BLE001 - the model and the records are safe already
+                _log.warning("%s: %s", write.__name__, one_line(error))
+
+    def _push(self, checkpoint: Path, number: int) -> None:
+        """Publish a checkpoint; a push that fails is said, and the run goes on."""
+        config, run = self._config, self._about["run"]
+
+        def push() -> str:
+            return hub.push(
+                checkpoint.resolve(),
+                config.push_to,
+                private=config.push_private,
+                card=write_model_card(self._journal.directory),
+                message=f"Round {number} of run {run}",
+            )
+
+        try:
+            url = bounded(push, config.round_timeout)
+        except TimeoutError:
+            _log.warning("round %d: the push took over %g s", number, config.round_timeout)
+        except Exception as error:  # noqa: BLE001 - a failed push never fails the run
+            _log.warning("round %d: not pushed: %s", number, one_line(error))
+        else:
+            _log.info("round %d/%d: pushed to %s", number, config.rounds, url)
+
+    def _tell_loss(self, record: Mapping[str, Any]) -> None:
+        number, loss = record["round"], record["aggregate"]["loss"]
         if loss is None:
             return
+        whole, base = past(record).loss, past(self._records[0]).loss
         change = ""
         # Means over different sites do not compare.
-        if not whole:
+        if whole is None:
             change = ", not of all sites"
-        elif number == 0:
-            self._base_loss = loss
-        elif self._base_loss:
-            change = f", {100 * (loss / self._base_loss - 1):+.1f} % against round 0"
+        elif number and base:
+            change = f", {100 * (whole / base - 1):+.1f} % against round 0"
         _log.info(
-            "round %d/%d: held-out loss %s%s", *(number, self._config.rounds, _number(loss), change)
+            "round %d/%d: held-out loss %s%s", *(number, self._config.rounds, shown(loss), change)
         )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _number(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
-
-
-def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """The metrics in a site's reply, null where there is none; ``PayloadError`` on a wrong type."""
-    found = dict(reply.metric_records.get(METRICS, {}))
-    metrics = {name: found.get(name) for name in kinds}
-    for name, value in metrics.items():
-        sound = value is None or type(value) is kinds[name]
-        if isinstance(value, list):
-            sound = len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
-        if not sound:
-            raise PayloadError("metrics", f"The site reports {name} as {one_line(value)}.")
-    return metrics
+def _recorded(given: RunConfig, about: Mapping[str, Any]) -> RunConfig:
+    """The settings a resumed run was started with; ``ConfigError`` for others given beside them."""
+    config = dataclasses.replace(RunConfig.parse(about["config"]), resume=True)
+    defaults, recorded = RunConfig().as_dict(), config.as_dict()
+    for key, value in given.as_dict().items():
+        if value not in (recorded[key], defaults[key]):
+            raise ConfigError(
+                f"The run config sets {key}={value!r} beside resume=true, and run {about['run']} was "
+                f"started with {recorded[key]!r}: a resumed run keeps its settings, leave it out."
+            )
+    return config

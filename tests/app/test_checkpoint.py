@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from app import tensorfile
-from app.checkpoint import write_checkpoint
-from app.payload import Tensors, canonical_hash
+from app.checkpoint import SERVER, UPDATE, Checkpoint, newest, read_federation
+from app.payload import Payload, Tensors, canonical_hash, pack
 from app.policy import CAMERAS, frozen_hash, resolve_model, trainable_names
-from certs.errors import ModelError
+from certs.errors import ModelError, StorageError
 
 NORMALISATION = {
     "observation.state": {
@@ -28,15 +28,36 @@ def trained(base: Path) -> Tensors:
     return {name: array + np.float32(0.125) for name, array in tensors.items()}
 
 
-def write(checkpoints: Path, base: Path, number: int = 3) -> Path:
-    return write_checkpoint(
+def write(
+    checkpoints: Path,
+    base: Path,
+    number: int = 3,
+    *,
+    states: tuple[str, ...] = (),
+    update: bool = False,
+) -> Path:
+    tensors = trained(base)
+    shapes = {name: array.shape for name, array in tensors.items()}
+    with Checkpoint(
         checkpoints,
         number,
         base=base,
-        tensors=trained(base),
+        shapes=shapes,
+        states=states,
         normalisation=NORMALISATION,
-        federation={"round": number, "model": "abc"},
-    )
+    ) as checkpoint:
+        # In another order than they are stored in.
+        for name in sorted(tensors, reverse=True):
+            checkpoint.put(name, tensors[name], **dict.fromkeys(states, tensors[name] * number))
+
+        def broadcast(target: str) -> Payload:
+            return pack(
+                sorted(tensors.items()), kind="model", codec="bf16", base="before", target=target,
+                frozen="frozen",
+            )  # fmt: skip
+
+        checkpoint.finish({"round": number}, broadcast if update else None)
+    return checkpoints / f"round-{number:04d}"
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +100,46 @@ def test_it_is_a_base_for_another_run(written: Path, tiny_base: Path, models: Pa
     assert canonical_hash(tensors) == canonical_hash(trained(tiny_base))
 
 
-def test_it_says_where_it_comes_from(written: Path) -> None:
-    assert json.loads((written / "federation.json").read_text()) == {
-        "schema": 1,
-        "round": 3,
-        "model": "abc",
-    }
+def test_it_says_where_it_comes_from(written: Path, tiny_base: Path) -> None:
+    model = canonical_hash(trained(tiny_base))
+    expected = {"schema": 1, "round": 3, "model": model}
+    assert json.loads((written / "federation.json").read_text()) == expected
+    assert read_federation(written) == expected
     assert (written.parent / "latest").resolve() == written.resolve()
+
+
+def test_a_damaged_federation_record_is_one_sentence(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"schema": 9}'):
+        (tmp_path / "federation.json").write_text(text)
+        with pytest.raises(StorageError, match=r"federation\.json cannot be read"):
+            read_federation(tmp_path)
+
+
+def test_what_the_next_round_needs_lies_in_the_newest_checkpoint_alone(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    tensors = trained(tiny_base)
+    for number in (1, 2):
+        path = write(tmp_path, tiny_base, number, states=("momentum",), update=True)
+        stored = tensorfile.Lazy(path / SERVER, [f"momentum.{name}" for name in tensors])
+        for name, array in tensors.items():
+            assert np.array_equal(stored[f"momentum.{name}"], array * number)
+        update = Payload.open(path / UPDATE)
+        assert (update.base, update.target) == ("before", canonical_hash(tensors))
+    assert not (tmp_path / "round-0001" / SERVER).exists()
+    assert not (tmp_path / "round-0001" / UPDATE).exists()
+    assert (tmp_path / "round-0001" / "model.safetensors").exists()
+
+
+def test_the_newest_is_the_highest_round(tiny_base: Path, tmp_path: Path) -> None:
+    assert newest(tmp_path / "none") is None
+    for number in (9999, 10_000, 3):
+        write(tmp_path, tiny_base, number)
+    found = newest(tmp_path)
+    assert found
+    assert found.name == "round-10000"
+    # A crash between the rename and the link leaves the link behind.
+    assert os.readlink(tmp_path / "latest") == "round-10000"
 
 
 def test_statistics_of_the_base_that_are_not_the_runs_do_not_stay(
@@ -126,10 +180,11 @@ def test_a_write_that_dies_leaves_the_last_round_in_place(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "write", full)
-        with pytest.raises(OSError, match="No space"):
-            write(tmp_path, tiny_base, 2)
+    for method in ("put", "close"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tensorfile.Writer, method, full)
+            with pytest.raises(OSError, match="No space"):
+                write(tmp_path, tiny_base, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "round-0001"]
     assert (tmp_path / "latest").resolve() == first.resolve()
     # What a killed process leaves behind is cleared by the next write.
@@ -159,7 +214,7 @@ def test_everything_is_on_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(Path, "rename", recording_rename)
-    write(tmp_path, tiny_base)
+    write(tmp_path, tiny_base, states=("momentum",))
     assert str(tmp_path) in synced
 
 

@@ -17,15 +17,18 @@ from flwr.supercore.task_identity import TaskIdentity
 from app import client_app, payload, rounds, server_app, statistics, tensorfile
 from app.config import RunConfig
 from app.description import Description
+from app.exchange import Exchange
 from app.journal import read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
-from app.rounds import Exchange
 from certs.errors import DatasetError
 
 
 @pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What Flower sets when it starts a task."""
+def process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> Iterator[None]:
+    """What Flower sets when it starts a task; a site's state goes to a temporary directory."""
+    monkeypatch.setenv("VLAFLEET_HOME", str(tmp_path / "home"))
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     # main() takes Flower's logger off the root, where caplog listens.
@@ -47,8 +50,14 @@ def context(dataset: Path | str, run: RunConfig, **node: Any) -> Context:
     return Context(1, 1, node_config, RecordDict(), run.as_dict())
 
 
+def terms(run: RunConfig, **told: Any) -> ConfigRecord:
+    return ConfigRecord({"lineage": "17", "config": json.dumps(run.as_dict()), **told})
+
+
 def ask(kind: str, where: Context, content: RecordDict | None = None) -> Message:
-    message = Message(content or RecordDict(), 1, kind)
+    if content is None:
+        content = RecordDict({"request": terms(RunConfig.parse(where.run_config))})
+    message = Message(content, 1, kind)
     message.metadata.__dict__["_message_id"] = "asked"
     return client_app.app(message, where)
 
@@ -57,16 +66,26 @@ def described(dataset: Path, run: RunConfig) -> Description:
     return Description.from_records(ask(MessageType.QUERY, context(dataset, run)).content)
 
 
-def request(base: Path, site: Description, number: int = 1, frozen: str = "") -> RecordDict:
-    tensors = tensorfile.read(base / "model.safetensors", trainable_names(base))
-    manifest, flat = payload.pack(
-        tensors, kind="model", base="the-base", frozen=frozen or frozen_hash(base)
+def request(
+    base: Path, site: Description, run: RunConfig, number: int = 1, **manifest: Any
+) -> RecordDict:
+    """The base model, whole, with what the ServerApp says beside it."""
+    tensors = trainable(base)
+    whole = {
+        "codec": "fp32", "base": None, "target": payload.canonical_hash(tensors),
+        "frozen": frozen_hash(base),
+    }  # fmt: skip
+    content = payload.to_records(
+        payload.pack(sorted(tensors.items()), kind="model", **{**whole, **manifest})
     )
-    content = payload.to_records(manifest, flat)
-    content["request"] = ConfigRecord(
-        {"round": number, "statistics": statistics.to_bytes(site.moments)}
-    )
+    told = {"scale": 1.0, "mu": 0.0} if number else {}
+    pooled = statistics.to_bytes(site.moments).decode()
+    content["request"] = terms(run, round=number, statistics=pooled, **told)
     return content
+
+
+def trainable(base: Path) -> payload.Tensors:
+    return tensorfile.read(base / "model.safetensors", trainable_names(base))
 
 
 def refusal(reply: Message) -> str:
@@ -102,20 +121,20 @@ def test_training_answers_with_the_change_and_its_metrics(
     tiny_base: Path, tiny_dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = config(tiny_base)
-    content = request(tiny_base, described(tiny_dataset, run))
+    content = request(tiny_base, described(tiny_dataset, run), run)
     with caplog.at_level(logging.INFO, "flwr"):
         reply = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
     assert not reply.has_error()
-    delta = payload.from_records(reply.content, kind="delta")
-    assert (delta.base, delta.frozen) == ("the-base", frozen_hash(tiny_base))
-    before = tensorfile.read(tiny_base / "model.safetensors", trainable_names(tiny_base))
-    payload.check_tensors(delta.tensors, before)
-    moved = sum(float(np.abs(array).sum()) for array in delta.tensors.values())
+    update = payload.from_records(reply.content, kind="update")
+    before = trainable(tiny_base)
+    assert (update.base, update.frozen) == (payload.canonical_hash(before), frozen_hash(tiny_base))
+    payload.check_tensors(update.shapes, {name: array.shape for name, array in before.items()})
+    moved = sum(float(np.abs(array).sum()) for _, array in update.items())
     assert np.isfinite(moved)
     assert moved > 0
-    # Nothing frozen crosses the wire: four bytes for each trainable value, and no more.
+    # Nothing frozen crosses the wire: a byte for each trainable value, and its row's scale.
     values = sum(array.size for array in before.values())
-    assert payload.wire_bytes(reply.content) == values * 4
+    assert values < payload.wire_bytes(reply.content) < 1.2 * values
     metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
     assert metrics["frames"] == 3 * 4
     for name in ("loss", "last_loss", "grad_norm", "work_seconds", "ready_seconds"):
@@ -133,16 +152,16 @@ def test_the_rate_of_a_later_round_goes_on_where_the_last_one_ended(
         asked.append(step)
         return 1e-4
 
-    monkeypatch.setattr(client_app, "learning_rate", recording)
+    monkeypatch.setattr(client_app.schedule, "learning_rate", recording)
     run = config(tiny_base)
-    content = request(tiny_base, described(tiny_dataset, run), number=2)
+    content = request(tiny_base, described(tiny_dataset, run), run, number=2)
     assert not ask(MessageType.TRAIN, context(tiny_dataset, run), content).has_error()
     assert asked == [3, 4, 5]
 
 
 def test_evaluation_gives_the_same_numbers_twice(tiny_base: Path, tiny_dataset: Path) -> None:
     run = config(tiny_base)
-    content = request(tiny_base, described(tiny_dataset, run), number=0)
+    content = request(tiny_base, described(tiny_dataset, run), run, number=0)
     results: list[dict[str, Any]] = []
     for _ in range(2):
         reply = ask(MessageType.EVALUATE, context(tiny_dataset, run), content)
@@ -158,7 +177,7 @@ def test_evaluation_gives_the_same_numbers_twice(tiny_base: Path, tiny_dataset: 
 @pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
 def test_a_foreign_frozen_model_is_refused(kind: str, tiny_base: Path, tiny_dataset: Path) -> None:
     run = config(tiny_base)
-    content = request(tiny_base, described(tiny_dataset, run), frozen="0" * 64)
+    content = request(tiny_base, described(tiny_dataset, run), run, frozen="0" * 64)
     reason = refusal(ask(kind, context(tiny_dataset, run), content))
     assert reason.startswith("The frozen tensors of model")
     assert reason.endswith("install the same model at every site.")
@@ -168,7 +187,7 @@ def test_expected_failures_arrive_as_one_sentence_without_a_traceback(
     tiny_base: Path, tiny_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = config(tiny_base)
-    content = request(tiny_base, described(tiny_dataset, run))
+    content = request(tiny_base, described(tiny_dataset, run), run)
     nowhere = context(tmp_path / "nowhere", run)
     for kind in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
         reason = refusal(ask(kind, nowhere, content))
@@ -176,11 +195,14 @@ def test_expected_failures_arrive_as_one_sentence_without_a_traceback(
         assert "\n" not in reason
     no_dataset = context("", run)
     assert "has no 'dataset'" in refusal(ask(MessageType.QUERY, no_dataset))
-    wrong = Context(1, 1, {"site": "a", "dataset": "b"}, RecordDict(), {"ronuds": 1})
-    assert "unknown key 'ronuds'" in refusal(ask(MessageType.QUERY, wrong))
-    empty = refusal(ask(MessageType.TRAIN, context(tiny_dataset, run)))
-    assert empty.startswith("The request is incomplete")
-    damaged = request(tiny_base, described(tiny_dataset, run))
+    wrong = RecordDict({"request": ConfigRecord({"lineage": "1", "config": '{"ronuds": 1}'})})
+    assert "unknown key 'ronuds'" in refusal(ask(MessageType.QUERY, context("b", run), wrong))
+    for left_out in ("config", "round", "statistics", "scale"):
+        lacking = request(tiny_base, described(tiny_dataset, run), run)
+        del lacking.config_records["request"][left_out]
+        reason = refusal(ask(MessageType.TRAIN, context(tiny_dataset, run), lacking))
+        assert left_out in reason, reason
+    damaged = request(tiny_base, described(tiny_dataset, run), run)
     damaged.array_records["payload"]["flat"].data = b"123"
     assert "bytes" in refusal(ask(MessageType.TRAIN, context(tiny_dataset, run), damaged))
     assert len(caplog.records) >= 7
@@ -193,12 +215,13 @@ def test_starting_and_describing_needs_neither_torch_nor_lerobot(
     run = config(tiny_base)
     code = f"""
 import json, sys
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 from app.client_app import app
 node = {{"site": "site-a", "dataset": {str(tiny_dataset)!r}}}
-message = Message(RecordDict(), 1, "query")
+terms = {{"lineage": "17", "config": {json.dumps(run.as_dict())!r}}}
+message = Message(RecordDict({{"request": ConfigRecord(terms)}}), 1, "query")
 message.metadata.__dict__["_message_id"] = "asked"
 reply = app(message, Context(1, 1, node, RecordDict(), {run.as_dict()!r}))
 assert not reply.has_error(), reply.error

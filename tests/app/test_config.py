@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import RunConfig, learning_rate, models_directory
+from app.config import RunConfig, models_directory
 from certs.errors import ConfigError
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -63,6 +63,10 @@ def test_an_unknown_key_is_named_with_the_accepted_ones() -> None:
         ("seed", 2**31, "a whole number from 0"),
         ("model", "", "a text in quotes"),
         ("model", 3, "a text in quotes"),
+        ("codec", "int2", "one of 'fp32', 'bf16', 'int8', 'int4'"),
+        ("strategy", 3, "one of 'fedavg'"),
+        ("resume", 1, "true or false"),
+        ("resume", "true", "true or false"),
     ],
 )
 def test_a_bad_value_is_named_with_its_key_and_range(
@@ -74,11 +78,43 @@ def test_a_bad_value_is_named_with_its_key_and_range(
     assert accepted in str(caught.value)
 
 
-def test_the_learning_rate_rises_once_over_the_whole_run() -> None:
-    config = RunConfig(learning_rate=0.5, warmup_steps=4)
-    rates = [learning_rate(config, step) for step in range(7)]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
-    assert learning_rate(RunConfig(warmup_steps=0, learning_rate=0.5), 0) == 0.5
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"over-sampling": 1.5}, "only with sites-per-round"),
+        ({"min-learning-rate": 0.1, "schedule": "constant"}, "only with a schedule that decays"),
+        ({"cycle-rounds": 3}, "only with warm-restarts"),
+        ({"plateau-factor": 0.1}, "only with plateau"),
+        ({"plateau-rounds": 9}, "only with schedule=plateau"),
+        ({"server-momentum": 0.5}, "only with fedavgm and fedadam"),
+        ({"server-beta2": 0.5, "strategy": "fedavgm"}, "only with strategy=fedadam"),
+        ({"server-tau": 0.5}, "only with fedadam"),
+        ({"trim": 0.1, "robust": "median"}, "only with trimmed-mean"),
+        ({"push-every": 3}, "only with push-to"),
+        ({"push-private": False}, "only with push-to"),
+    ],
+)
+def test_a_setting_without_an_effect_is_refused(given: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(given))}=.*which has an effect {named}"):
+        RunConfig.parse(given)
+
+
+def test_the_same_settings_are_accepted_where_they_have_one() -> None:
+    for given in (
+        {"over-sampling": 1.5, "sites-per-round": 2},
+        {"min-learning-rate": 0.1, "cycle-rounds": 3, "schedule": "warm-restarts"},
+        {"plateau-factor": 0.1, "plateau-rounds": 9, "schedule": "plateau"},
+        {"server-momentum": 0.5, "server-beta2": 0.5, "server-tau": 0.5, "strategy": "fedadam"},
+        {"trim": 0.1, "robust": "trimmed-mean"},
+        {"push-to": "lab/model", "push-every": 3, "push-private": False},
+    ):
+        parsed = RunConfig.parse(given).as_dict()
+        assert {key: parsed[key] for key in given} == given
+
+
+def test_the_soft_deadline_comes_before_the_hard_one() -> None:
+    with pytest.raises(ConfigError, match="soft-deadline=70 above round-timeout=60"):
+        RunConfig.parse({"soft-deadline": 70, "round-timeout": 60})
 
 
 def test_models_are_kept_where_the_environment_says(

@@ -21,11 +21,12 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import payload, rounds, server_app, statistics, tensorfile
+from app.broadcast import want_full
 from app.config import RunConfig
 from app.description import Description
 from app.journal import read_config, read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
-from app.rounds import Exchange
+from app.exchange import Exchange
 from certs.errors import ConfigError, FleetError, RunFailedError
 
 
@@ -56,8 +57,12 @@ def moments(mean: float, count: int = 100) -> dict[str, statistics.Moments]:
 
 @dataclass
 class FakeSite:
-    """A site that moves every trainable value by ``step`` and whose loss is the model's distance."""
+    """A site that moves every trainable value by ``step`` and whose loss is the model's distance.
 
+    It keeps the model it was sent, as a real one does, and asks for the whole one where it must.
+    """
+
+    base: Path
     step: float
     mean: float = 0.0
     frames: int = 100
@@ -67,7 +72,16 @@ class FakeSite:
     override: dict[int, Callable[[Message], Message | None]] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
-    statistics: set[bytes] = field(default_factory=set)
+    statistics: set[str] = field(default_factory=set)
+    told: list[dict[str, Any]] = field(default_factory=list)
+    forms: list[str] = field(default_factory=list)
+    held: dict[str, Any] = field(default_factory=dict)
+    # A site may lose what it held; then it says so.
+    forgets: bool = False
+
+    def __post_init__(self) -> None:
+        self.own = tensorfile.read(self.base / "model.safetensors", trainable_names(self.base))
+        self.held = dict(self.own)
 
     def answer(self, message: Message) -> Message | None:
         turn = len(self.seen)
@@ -78,31 +92,48 @@ class FakeSite:
 
     def query(self, message: Message) -> Message:
         described = Description(
-            self.site, 4, 1, self.frames, 25, self.fps, ("top", "wrist"), ("Pick.",),
-            moments(self.mean),
+            site=self.site, dataset="recorded", train_episodes=4, held_out_episodes=1,
+            train_frames=self.frames, held_out_frames=25, fps=self.fps, cameras=("top", "wrist"),
+            tasks=("Pick.",), moments=moments(self.mean), held=payload.canonical_hash(self.held),
+            chunk_bytes=0,
         )  # fmt: skip
         return Message(described.to_records(), reply_to=message)
 
-    def read(self, message: Message) -> payload.Payload:
-        pooled = message.content.config_records["request"]["statistics"]
-        assert isinstance(pooled, bytes)
-        self.statistics.add(pooled)
+    def read(self, message: Message) -> payload.Payload | None:
+        told = dict(message.content.config_records["request"])
+        self.told.append(told)
+        self.statistics.add(str(told["statistics"]))
         model = payload.from_records(message.content, kind="model")
-        first = next(iter(model.tensors.values()))
-        self.means.append(float(first.mean()))
+        self.forms.append(model.form)
+        if self.forgets and model.form != "full":
+            return None
+        self.forgets = False
+        self.held = dict(payload.apply(self.held, model))
+        assert payload.canonical_hash(self.held) == model.target
+        self.means.append(float(next(iter(self.held.values())).mean()))
         return model
 
     def train(self, message: Message) -> Message:
         model = self.read(message)
-        delta = {name: np.full_like(array, self.step) for name, array in model.tensors.items()}
-        records = payload.to_records(
-            *payload.pack(delta, kind="delta", base=model.base, frozen=model.frozen)
+        if model is None:
+            return Message(want_full(), reply_to=message)
+        return Message(self.update(model, self.step), reply_to=message)
+
+    def update(self, model: payload.Payload, step: float, **manifest: Any) -> RecordDict:
+        # Raw bytes: a hostile site does not stop at the encoder's refusal of NaN.
+        parts = (
+            (name, array.shape, np.full_like(array, step).tobytes())
+            for name, array in sorted(self.held.items())
         )
+        options = {"codec": "fp32", "base": model.target, "frozen": model.frozen, **manifest}
+        update = payload.pack_encoded(parts, kind="update", target=None, **options)
+        records = payload.to_records(update)
         records["metrics"] = MetricRecord({"loss": 0.5, "frames": self.frames, "grad_norm": 1.0})
-        return Message(records, reply_to=message)
+        return records
 
     def evaluate(self, message: Message) -> Message:
-        self.read(message)
+        if self.read(message) is None:
+            return Message(want_full(), reply_to=message)
         loss = 2.0 - 0.1 * len(self.means)
         metrics = MetricRecord({"loss": loss, "frames": 25, "rmse_deg": [loss] * 6})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
@@ -143,7 +174,9 @@ class FakeGrid:
 def start(
     sites: dict[str, FakeSite], base: Path, *, registered: bool = True, **config: Any
 ) -> Path:
-    run_config = RunConfig(model=str(base), **{"rounds": 2, "round_timeout": 5, **config})
+    # fp32 and a constant rate, so that sums come out as written below.
+    plain = {"rounds": 2, "round_timeout": 5.0, "codec": "fp32", "schedule": "constant"}
+    run_config = RunConfig(model=str(base), **{**plain, **config})
     # As Flower does, give every run an id of its own.
     run = 17 + len(list(runs_root().glob("[0-9]*")))
     context = Context(run, 0, {}, RecordDict(), run_config.as_dict())
@@ -151,16 +184,16 @@ def start(
     return runs_root() / str(run)
 
 
-def two() -> dict[str, FakeSite]:
+def two(base: Path) -> dict[str, FakeSite]:
     # Weighted by frames: (300 * 0.5 - 100 * 0.1) / 400 = 0.35 a round.
     return {
-        "site-a": FakeSite(step=0.5, mean=0.0, frames=300),
-        "site-b": FakeSite(step=-0.1, mean=10.0, frames=100),
+        "site-a": FakeSite(base, step=0.5, mean=0.0, frames=300),
+        "site-b": FakeSite(base, step=-0.1, mean=10.0, frames=100),
     }
 
 
 def test_a_run_moves_the_model_by_the_weighted_mean_each_round(tiny_base: Path) -> None:
-    sites = two()
+    sites = two(tiny_base)
     directory = start(sites, tiny_base)
     expected = ["query", "evaluate", "train", "evaluate", "train", "evaluate"]
     assert [site.seen for site in sites.values()] == [expected, expected]
@@ -178,16 +211,17 @@ def test_a_run_moves_the_model_by_the_weighted_mean_each_round(tiny_base: Path) 
 
 
 def test_statistics_are_pooled_once_and_reach_sites_and_checkpoints(tiny_base: Path) -> None:
-    sites = two()
+    sites = two(tiny_base)
     directory = start(sites, tiny_base)
     (pooled,) = sites["site-a"].statistics | sites["site-b"].statistics
-    part = statistics.from_bytes(pooled)["action"]
+    part = statistics.from_bytes(pooled.encode())["action"]
     assert part.count == 200
     np.testing.assert_allclose(part.mean, 5.0)
     # Within each site a variance of 25, between them (10 / 2) ** 2.
     deviation = np.sqrt(50)
     config = read_config(directory)
-    np.testing.assert_allclose(config["statistics"]["action"]["std"], deviation)
+    recorded = statistics.from_bytes(json.dumps(config["statistics"]).encode())
+    np.testing.assert_allclose(statistics.normalisation(recorded)["action"]["std"], deviation)
     for path in (directory / "checkpoints").glob("round-*"):
         (state,) = path.glob("policy_postprocessor*unnormalizer_processor.safetensors")
         stored = tensorfile.read(state, ["action.mean", "action.std"])
@@ -195,7 +229,7 @@ def test_statistics_are_pooled_once_and_reach_sites_and_checkpoints(tiny_base: P
 
 
 def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
-    directory = start(two(), tiny_base)
+    directory = start(two(tiny_base), tiny_base)
     config, records = read_config(directory), read_rounds(directory)
     assert config["run"] == "17"
     assert config["config"]["rounds"] == 2
@@ -212,6 +246,7 @@ def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
         "frames": 400,
         "loss": pytest.approx(1.7),
         "rmse_deg": pytest.approx([1.7] * 6),
+        "participation": 1.0,
     }
     train = one["sites"]["site-b"]["train"]
     assert train["state"] == "completed"
@@ -219,10 +254,15 @@ def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
     assert (train["loss"], train["frames"], train["grad_norm"]) == (0.5, 100, 1.0)
     # Not reported by this site: null, never 0.
     assert train["last_loss"] is None
-    # Only trainable values travel: 4 bytes each, both ways in training, down alone in evaluation.
-    assert (train["bytes_down"], train["bytes_up"]) == (values * 4, values * 4)
-    assert one["bytes"] == {"down": 2 * 2 * values * 4, "up": 2 * values * 4}
-    assert list(one["seconds"]) == ["dispatch", "collect", "commit", "evaluate"]
+    # Only trainable values travel: 4 bytes each, up in training and down in evaluation; the next
+    # round finds the model at the site.
+    assert (train["bytes_down"], train["bytes_up"]) == (0, values * 4)
+    assert one["bytes"] == {"down": 2 * values * 4, "up": 2 * values * 4}
+    assert train["form"] == "held"
+    assert one["sites"]["site-b"]["evaluate"]["form"] == "delta"
+    assert train["update_norm"] == pytest.approx(0.1 * values**0.5, rel=1e-5)
+    assert len(train["payload_sha256"]) == 64
+    assert list(one["seconds"]) == ["select", "dispatch", "collect", "commit", "evaluate"]
     assert list(zero["seconds"]) == ["commit", "evaluate"]
     assert two_["model"] != one["model"] != zero["model"] == config["model"]["hash"]
     federation = json.loads((directory / two_["checkpoint"] / "federation.json").read_text())
@@ -235,7 +275,7 @@ def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
 
 def test_the_log_keeps_its_form(tiny_base: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "flwr"):
-        start(two(), tiny_base)
+        start(two(tiny_base), tiny_base)
     lines = "\n".join(caplog.messages)
     for form in (
         r"^describe: site-a completed, 5 episodes \(1 held out\), 300 training frames, \d+\.\d s$",
@@ -253,15 +293,18 @@ def error(message: Message) -> Message:
     return Message(Error(2, "The disk is full:\nclean it."), reply_to=message)
 
 
-def poison(message: Message) -> Message:
-    return FakeSite(step=float("nan")).train(message)
-
-
 def test_a_site_that_fails_does_not_stop_the_others(
     tiny_base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sites = two()
-    sites["site-b"].override = {2: error, 4: poison, 5: error}
+    sites = two(tiny_base)
+    site_b = sites["site-b"]
+
+    def poison(message: Message) -> Message:
+        model = site_b.read(message)
+        assert model
+        return Message(site_b.update(model, float("nan")), reply_to=message)
+
+    site_b.override = {2: error, 4: poison, 5: error}
     directory = start(sites, tiny_base)
     one, two_ = read_rounds(directory)[1:]
     assert one["sites"]["site-b"]["train"]["state"] == "error"
@@ -287,7 +330,7 @@ def test_a_site_that_fails_does_not_stop_the_others(
     ],
 )
 def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any) -> None:
-    sites = two()
+    sites = two(tiny_base)
     sites["site-b"].override = {
         1: lambda message: Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
     }
@@ -297,7 +340,7 @@ def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any) ->
 
 
 def test_a_round_without_an_update_keeps_the_last_model(tiny_base: Path, tmp_path: Path) -> None:
-    sites = two()
+    sites = two(tiny_base)
     for site in sites.values():
         site.override = {4: error}
     with pytest.raises(RunFailedError, match="1 of 2 rounds were committed"):
@@ -305,26 +348,26 @@ def test_a_round_without_an_update_keeps_the_last_model(tiny_base: Path, tmp_pat
     directory = tmp_path / "runs" / "17"
     one, two_ = read_rounds(directory)[1:]
     assert not two_["committed"]
-    assert two_["reason"] == "no valid update: the last model stays"
+    assert two_["reason"] == "0 valid updates where the quorum is 1: the last model stays"
     assert (two_["model"], two_["checkpoint"]) == (one["model"], None)
     assert two_["sites"]["site-a"]["evaluate"] is None
-    assert list(two_["seconds"]) == ["dispatch", "collect", "fail"]
+    assert list(two_["seconds"]) == ["select", "dispatch", "collect", "fail"]
     assert (directory / "checkpoints" / "latest").resolve().name == "round-0001"
 
 
 def test_a_site_that_cannot_describe_itself_takes_no_part(tiny_base: Path) -> None:
-    sites = {**two(), "site-c": FakeSite(step=1.0, override={0: error})}
+    sites = {**two(tiny_base), "site-c": FakeSite(tiny_base, step=1.0, override={0: error})}
     directory = start(sites, tiny_base)
     assert sites["site-c"].seen == ["query"]
     assert list(read_config(directory)["sites"]) == ["site-a", "site-b"]
 
 
 def test_too_few_sites_end_the_run_with_their_reasons(tiny_base: Path) -> None:
-    sites = two()
+    sites = two(tiny_base)
     sites["site-b"].override = {0: error}
     with pytest.raises(RunFailedError, match=r"1 of the 2 sites .*site-b: The disk is full"):
         start(sites, tiny_base)
-    sites = two()
+    sites = two(tiny_base)
     sites["site-b"].fps = 25
     with pytest.raises(RunFailedError, match="site-a 30, site-b 25"):
         start(sites, tiny_base)
@@ -333,23 +376,23 @@ def test_too_few_sites_end_the_run_with_their_reasons(tiny_base: Path) -> None:
 def test_waiting_for_sites_is_bounded(tiny_base: Path) -> None:
     started = time.monotonic()
     with pytest.raises(RunFailedError, match="2 of the 3 sites"):
-        start(two(), tiny_base, min_sites=3, round_timeout=0.3)
+        start(two(tiny_base), tiny_base, min_sites=3, round_timeout=0.3)
     assert time.monotonic() - started < 5
 
 
 def test_the_registry_names_sites_and_without_one_they_name_themselves(tiny_base: Path) -> None:
-    sites = two()
+    sites = two(tiny_base)
     sites["site-a"].site, sites["site-b"].site = "impostor", "site-b"
     assert list(read_config(start(sites, tiny_base))["sites"]) == ["site-a", "site-b"]
-    sites = two()
+    sites = two(tiny_base)
     sites["site-a"].site, sites["site-b"].site = "own-a", "own-b"
     directory = start(sites, tiny_base, registered=False)
     assert list(read_config(directory)["sites"]) == ["own-a", "own-b"]
-    sites = two()
+    sites = two(tiny_base)
     sites["site-a"].site = sites["site-b"].site = "same"
     with pytest.raises(RunFailedError, match="Another site is called same already"):
         start(sites, tiny_base, registered=False)
-    sites = two()
+    sites = two(tiny_base)
     sites["site-a"].site, sites["site-b"].site = "../../etc", "own-b"
     with pytest.raises(RunFailedError, match="is not allowed: use 1 to 63"):
         start(sites, tiny_base, registered=False)

@@ -1,0 +1,87 @@
+"""The record of one round, as ``rounds.jsonl`` keeps it: begun, filled in by its phases, completed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from app.aggregation import mean_loss, mean_rmse
+from app.rounds import State
+from app.schedule import Past
+
+
+def now() -> str:
+    """The time of day, in UTC and to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def begin(number: int) -> dict[str, Any]:
+    """The record of a round in which nothing has happened yet."""
+    return {
+        "round": number,
+        "started_at": now(),
+        "reason": None,
+        "plan": None,
+        "degraded": False,
+        # Each asked site's entry; complete() puts it beside the site's evaluation.
+        "train": {},
+        "seconds": {},
+    }
+
+
+def complete(
+    record: Mapping[str, Any],
+    *,
+    sites: Mapping[str, Mapping[str, Any]],
+    evaluated: Mapping[str, dict[str, Any]],
+    server: Mapping[str, Any],
+    model: str,
+    checkpoint: str | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The record of a round that is over: every site of the run, and what they add up to.
+
+    A metric that was not measured is null. ``seconds`` are those of the phases in this process; a
+    resumed round has those before its commit in ``record``.
+    """
+    trained: Mapping[str, dict[str, Any]] = record["train"]
+    asked = [*trained.values(), *evaluated.values()]
+    completed = [entry for entry in trained.values() if entry["state"] == State.COMPLETED]
+    return {
+        **{key: value for key, value in record.items() if key != "train"},
+        "committed": checkpoint is not None,
+        "model": model,
+        "checkpoint": checkpoint,
+        "sites": {
+            name: {
+                "dataset": about["dataset"],
+                "train": trained.get(name),
+                "evaluate": evaluated.get(name),
+            }
+            for name, about in sites.items()
+        },
+        "aggregate": {
+            "train_loss": mean_loss(trained.values()),
+            "frames": sum(entry["frames"] for entry in completed) if record["round"] else None,
+            "loss": mean_loss(evaluated.values()),
+            "rmse_deg": mean_rmse(evaluated.values()),
+            "participation": len(completed) / len(trained) if trained else None,
+        },
+        "server": dict(server),
+        "bytes": {
+            way: sum(entry[f"bytes_{way}"] or 0 for entry in asked) for way in ("down", "up")
+        },
+        "seconds": {**record["seconds"], **seconds},
+    }
+
+
+def past(record: Mapping[str, Any]) -> Past:
+    """What a round's record says to the schedule.
+
+    A mean loss that leaves out a site that was asked does not compare with one that does not.
+    """
+    results = [(name, site["evaluate"]) for name, site in record["sites"].items()]
+    losses = {name: r["loss"] for name, r in results if r and r["loss"] is not None}
+    whole = losses and all(r is None or r["loss"] is not None for _, r in results)
+    return Past(record["aggregate"]["loss"] if whole else None, losses)

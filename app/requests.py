@@ -1,0 +1,142 @@
+"""Ask sites to train or evaluate the round's model: what each is sent, and what it reports.
+
+A reply's metrics are checked by name and type: they come from another machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import Message, MessageType, RecordDict
+
+from app import payload
+from app.broadcast import METRICS, Broadcast, wanted
+from app.config import RunConfig
+from app.dataset_meta import JOINTS
+from app.exchange import Exchange, Outcome
+from app.payload import PayloadError
+from app.rounds import Deadlines, Grid, Site, State, one_line
+
+_log = logging.getLogger("flwr")
+
+# Every metric a site may report, and null where it did not.
+_SECONDS = {"work_seconds": float, "ready_seconds": float}
+_KINDS: dict[str, dict[str, type]] = {
+    MessageType.TRAIN: {
+        "loss": float,
+        "last_loss": float,
+        "proximal_loss": float,
+        "frames": int,
+        "grad_norm": float,
+        **_SECONDS,
+    },
+    MessageType.EVALUATE: {"loss": float, "frames": int, "rmse_deg": list, **_SECONDS},
+}
+
+type Fold = Callable[[Site, RecordDict, Mapping[str, Any]], None]
+"""Takes a site's reply and its checked metrics; ``FleetError`` makes the site ``invalid``."""
+
+
+def ask(
+    grid: Grid,
+    config: RunConfig,
+    broadcast: Broadcast,
+    kind: str,
+    requests: Mapping[Site, Mapping[str, Any]],
+    held: dict[str, str],
+    *,
+    fold: Fold = lambda *_: None,
+    dispatched: Callable[[], None] = lambda: None,
+    enough: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Send the model and its request to each site; each site's entry of the record, by name.
+
+    ``requests`` say which ``round`` it is, and the rest of what the site is told. ``held`` says
+    which model each site holds and is brought up to date. The exchange closes when ``enough`` sites
+    completed, and at the config's deadlines.
+    """
+    forms = {site: broadcast.form(held.get(site.name)) for site in requests}
+    reported: dict[str, dict[str, Any]] = {}
+    down: dict[str, int] = dict.fromkeys((site.name for site in requests), 0)
+    up: dict[str, int] = {}
+
+    def message(site: Site) -> Message:
+        content = broadcast.content(forms[site], requests[site])
+        down[site.name] += payload.wire_bytes(content)
+        # Once the round is over, a site that was away must not start on it.
+        return Message(content, site.node, kind, ttl=config.round_timeout)
+
+    def take(site: Site, reply: RecordDict) -> Message | None:
+        if wanted(reply):
+            forms[site] = "full"
+            return message(site)
+        metrics = _metrics(reply, _KINDS[kind])
+        fold(site, reply, metrics)
+        reported[site.name] = metrics
+        up[site.name] = payload.wire_bytes(reply)
+        return None
+
+    def ended(outcome: Outcome) -> None:
+        found = reported.get(outcome.site.name)
+        detail = f", loss {number(found['loss'])}, {found['frames']} frames" if found else ""
+        what = f"round {requests[outcome.site]['round']}/{config.rounds} {kind}"
+        tell(what, outcome, detail)
+
+    exchange = Exchange(
+        grid,
+        take,
+        ended,
+        deadlines=Deadlines(config.round_timeout, config.soft_deadline, config.grace),
+        quorum=config.quorum,
+        enough=enough,
+    )
+    exchange.dispatch({site: message(site) for site in requests})
+    dispatched()
+    outcomes = exchange.collect()
+    broadcast.release()
+    entries = {}
+    for outcome in outcomes:
+        name, completed = outcome.site.name, outcome.state is State.COMPLETED
+        if completed:
+            held[name] = broadcast.model
+        entries[name] = {
+            "state": outcome.state.value,
+            "reason": outcome.reason,
+            "seconds": outcome.seconds,
+            "form": forms[outcome.site] if outcome.sent else None,
+            "bytes_down": down[name] if outcome.sent else 0,
+            "bytes_up": up[name] if completed else None,
+            **(reported[name] if completed else dict.fromkeys(_KINDS[kind])),
+        }
+    return entries
+
+
+def tell(what: str, outcome: Outcome, detail: str) -> None:
+    """Log how a site ended; whatever is not ``completed`` is a warning."""
+    reason = f", {outcome.reason}" if outcome.reason else ""
+    level = logging.INFO if outcome.state is State.COMPLETED else logging.WARNING
+    _log.log(
+        level,
+        "%s: %s %s%s%s, %.1f s",
+        *(what, outcome.site.name, outcome.state.value, reason, detail, outcome.seconds),
+    )
+
+
+def number(value: object) -> str:
+    """A metric for a log line."""
+    return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
+
+
+def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The metrics in a site's reply, null where there is none; ``PayloadError`` on a wrong type."""
+    found = dict(reply.metric_records.get(METRICS, {}))
+    metrics = {name: found.get(name) for name in kinds}
+    for name, value in metrics.items():
+        sound = value is None or type(value) is kinds[name]
+        if isinstance(value, list):
+            sound = len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
+        if not sound:
+            raise PayloadError("metrics", f"The site reports {name} as {one_line(value)}.")
+    return metrics
