@@ -146,36 +146,27 @@ def bounded[T](call: Callable[[], T], seconds: float) -> T:
     return value  # type: ignore[return-value]
 
 
-def online(grid: Grid, seconds: float) -> list[Node]:
-    """The SuperNodes online, by name; none where the SuperLink does not say so in ``seconds``."""
-    try:
-        return _by_name(bounded(lambda: list(grid.get_nodes()), seconds))
-    except Exception:  # noqa: BLE001 - whatever Flower raises fails the round, not the run
-        return []
-
-
 def wait_for_sites(
     grid: Grid, minimum: int, seconds: float, *, poll_s: float = POLL_S
 ) -> list[Node]:
     """The SuperNodes online, once there are ``minimum``; ``RunFailedError`` after ``seconds``."""
     end = time.monotonic() + seconds
     nodes: list[Node] = []
+    said = ""
     while (left := end - time.monotonic()) > 0:
         try:
-            nodes = bounded(lambda: list(grid.get_nodes()), left)
+            nodes, said = bounded(lambda: list(grid.get_nodes()), left), ""
         except TimeoutError:
             break
+        except Exception as error:  # noqa: BLE001 - a SuperLink that restarts must not end the run
+            said = f" (the SuperLink says: {one_line(error)})"
         if len(nodes) >= minimum:
-            return _by_name(nodes)
+            return sorted(nodes, key=lambda node: (node.name, node.node_id))
         time.sleep(min(poll_s, max(end - time.monotonic(), 0.0)))
     raise RunFailedError(
-        f"{len(nodes)} of the {minimum} sites this run needs came online within {seconds:g} s: "
-        "start the missing sites, or lower min-sites."
+        f"{len(nodes)} of the {minimum} sites this run needs came online within {seconds:g} s{said}: "
+        "start the missing sites, or lower min-sites or quorum."
     )
-
-
-def _by_name(nodes: Iterable[Node]) -> list[Node]:
-    return sorted(nodes, key=lambda node: (node.name, node.node_id))
 
 
 def select(

@@ -1,7 +1,6 @@
 """A round's phases, the draw of its sites, and waits for the SuperLink that end."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import pytest
 from flwr.app import Message
 
 from app import rounds
-from app.rounds import Phase, Round, Site, bounded, one_line, online, select, wait_for_sites
+from app.rounds import Phase, Round, Site, bounded, one_line, select, wait_for_sites
 from certs.errors import RunFailedError
 
 # Longer than any test runs; what waits this long is let go at the end of the test.
@@ -66,8 +65,15 @@ class Hangs(Nodes):
 
 
 class Refuses(Nodes):
+    def __init__(self, nodes: list[Node], refusals: int = 1_000) -> None:
+        super().__init__(nodes)
+        self.refusals = refusals
+
     def get_nodes(self) -> list[Node]:
-        raise ConnectionError("503 Service Unavailable")
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise ConnectionError("503 Service\nUnavailable")
+        return self.nodes
 
 
 @pytest.fixture
@@ -174,13 +180,15 @@ def test_waiting_for_sites_ends(over: threading.Event) -> None:
         wait_for_sites(Hangs(over), 2, 0.2)
 
 
-def test_who_is_online_is_asked_for_with_a_bound(over: threading.Event) -> None:
-    found = online(Nodes([Node(3, "b"), Node(2, "a"), Node(1, "b")]), SOON_S)
-    assert [(node.name, node.node_id) for node in found] == [("a", 2), ("b", 1), ("b", 3)]
-    started = time.monotonic()
-    assert online(Hangs(over), 0.2) == []
-    assert time.monotonic() - started < SOON_S
-    assert online(Refuses([Node(1)]), SOON_S) == []
+def test_a_superlink_that_restarts_does_not_end_the_wait() -> None:
+    nodes = wait_for_sites(
+        Refuses([Node(2, "a"), Node(1, "b")], refusals=3), 2, SOON_S, poll_s=0.02
+    )
+    assert [node.node_id for node in nodes] == [2, 1]
+    with pytest.raises(
+        RunFailedError, match=r"0 of the 1 .* \(the SuperLink says: 503 .*\): start"
+    ):
+        wait_for_sites(Refuses([Node(1)]), 1, 0.3, poll_s=0.02)
 
 
 def test_a_bounded_call_answers_raises_or_times_out(over: threading.Event) -> None:
