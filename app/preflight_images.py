@@ -135,9 +135,11 @@ def check_images(path: Path, camera: Camera, frames: Mapping[int, int]) -> Itera
 
 
 def _images(path: Path, key: str) -> Iterator[tuple[int, int, bytes | None]]:
-    """Episode, frame and encoded image of every row."""
+    """Episode, frame and encoded image of every row, none where there is no such column."""
     names = ["episode_index", "frame_index", key]
     with pq.ParquetFile(path) as file:
+        if key not in file.schema_arrow.names:
+            return
         for batch in file.iter_batches(batch_size=_ROWS, columns=names):
             columns = [batch[name].to_pylist() for name in names]
             for episode, frame, image in zip(*columns, strict=True):
