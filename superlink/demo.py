@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -86,12 +86,17 @@ class Processes:
 
 @contextlib.contextmanager
 def federation(
-    directory: Path, datasets: dict[str, str], runs: Path, port: int
+    directory: Path,
+    datasets: dict[str, str],
+    runs: Path,
+    port: int,
+    uplinks: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Control, Processes]]:
     """Run a SuperLink, its SuperExec and a SuperNode with SuperExec per site; yield when all are online.
 
     ``directory`` keeps identities, logs and Flower's state. ``datasets`` maps a site to its dataset URI. The SuperLink
-    listens on ``port`` of loopback, the SuperNodes on the ports above.
+    listens on ``port`` of loopback, the SuperNodes on the ports above. ``uplinks`` maps a site to the address
+    (``host:port``) at which it finds the SuperLink, where that is another.
     """
     ports = {SUPERLINK_NAME: port} | {site: port + 1 + i for i, site in enumerate(datasets)}
     for number in ports.values():
@@ -134,7 +139,8 @@ def federation(
                 processes.start(
                     f"supernode-{site}",
                     *("supernode", "--identity", identity(Role.SITE, site)),
-                    *("--superlink", address, "--port", str(ports[site]), "--dataset", dataset),
+                    *("--superlink", (uplinks or {}).get(site, address)),
+                    *("--port", str(ports[site]), "--dataset", dataset),
                 )
                 superexec(site)
             control.wait_online(list(datasets), _START_SECONDS)
@@ -151,7 +157,7 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
     request = run_request(Path(), [run_config] if run_config else [])
     directory.mkdir(parents=True, exist_ok=True)
     sites = [argument for site in SITES for argument in ("--site", site)]
-    _vlafleet("data", "make", str(data), *sites)
+    vlafleet("data", "make", str(data), *sites)
     datasets = {site: str((data / site).absolute()) for site in SITES}
     typer.echo("Starting SuperLink, SuperNodes and SuperExecs ...")
     with federation(directory, datasets, runs.absolute(), port) as (control, processes):
@@ -169,7 +175,7 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
             f"run {run_id} {status.sub_status}: {status.details or 'no reason given'}; "
             f"logs: {directory / 'logs'}"
         )
-    _vlafleet("report", str(runs / str(run_id)))
+    vlafleet("report", str(runs / str(run_id)))
 
 
 def _follow(control: Control, processes: Processes, run_id: int) -> None:
@@ -196,7 +202,7 @@ def _follow(control: Control, processes: Processes, run_id: int) -> None:
                 line = lines.get(timeout=0.5)
                 if line is None:
                     return
-                if said := _of_the_run(line):
+                if said := of_the_run(line):
                     typer.echo(said)
             for site, log in sites.items():
                 if progress := _last_progress(log):
@@ -204,7 +210,7 @@ def _follow(control: Control, processes: Processes, run_id: int) -> None:
             processes.check()
 
 
-def _of_the_run(line: str) -> str | None:
+def of_the_run(line: str) -> str | None:
     """Return what the ServerApp says, without Flower's own lines and level columns; warnings and errors whole."""
     line = typer.unstyle(line)  # Flower colours its level column
     level, _, said = line.partition(" :")
@@ -235,7 +241,7 @@ def wait_for_superlink(processes: Processes, identity: Path, address: str) -> No
             return
 
 
-def _vlafleet(*arguments: str) -> None:
+def vlafleet(*arguments: str) -> None:
     """Run a ``vlafleet`` command in the foreground; end with its exit code when it fails."""
     done = subprocess.run([sys.executable, "-m", "vlafleet", *arguments], check=False)
     if done.returncode:

@@ -77,12 +77,9 @@ class Throttle:
         with near, far, contextlib.suppress(OSError):
             await loop.sock_connect(far, ("127.0.0.1", self._target))
             # A broken half breaks the other, as a reset on the way would.
-            both = asyncio.gather(_pump(near, far, self._up), _pump(far, near, self._down))
-            try:
-                await both
-            finally:
-                both.cancel()
-                await asyncio.gather(both, return_exceptions=True)
+            async with asyncio.TaskGroup() as halves:
+                halves.create_task(_pump(near, far, self._up))
+                halves.create_task(_pump(far, near, self._down))
 
 
 async def _pump(source: socket.socket, sink: socket.socket, direction: _Direction) -> None:
@@ -104,13 +101,9 @@ async def _pump(source: socket.socket, sink: socket.socket, direction: _Directio
                 return
             await loop.sock_sendall(sink, data)
 
-    halves = [asyncio.ensure_future(enter()), asyncio.ensure_future(leave())]
-    try:
-        await asyncio.gather(*halves)
-    finally:
-        for half in halves:
-            half.cancel()
-        await asyncio.gather(*halves, return_exceptions=True)
+    async with asyncio.TaskGroup() as ends:
+        ends.create_task(enter())
+        ends.create_task(leave())
 
 
 def _socket() -> socket.socket:
