@@ -27,6 +27,7 @@ cli.add_typer(certs.cli.cli, name="certs")
 cli.command()(superlink.cli.superlink)
 cli.add_typer(superlink.cli.site, name="site")
 cli.command()(superlink.cli.run)
+cli.command()(superlink.cli.simulate)
 cli.command()(superlink.cli.demo)
 cli.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

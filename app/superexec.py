@@ -7,6 +7,7 @@ SuperNode waiting for a reply for ever (measured on Flower 1.41).
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from certs.errors import FleetError
 from certs.flower import (
     CLIENTAPP_TASK,
     SERVERAPP_TASK,
+    SIMULATION_TASK,
     install_bundle_check,
     install_client,
     install_commands,
@@ -38,7 +40,8 @@ def serve(identity: Identity, address: str) -> None:
     quiet()
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
-    install_commands(str(scripts / "vlafleet-serverapp"), str(scripts / "vlafleet-clientapp"))
+    kinds = ("serverapp", "clientapp", "simulation")
+    install_commands(*(str(scripts / f"vlafleet-{kind}") for kind in kinds))
     from flwr.supercore.superexec.run_superexec import run_superexec
     from flwr.supercore.utils import disable_process_dumping
 
@@ -69,6 +72,17 @@ def clientapp() -> None:
     from flwr.supernode.cli import flwr_clientapp
 
     flwr_clientapp()
+
+
+def simulation() -> None:
+    """Run a ServerApp and many ClientApps in Flower's simulation runtime (started by SuperExec)."""
+    _prepare_task()
+    # Without a token ray runs what any user of this machine sends it.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    install_bundle_check(SIMULATION_TASK)
+    from flwr.simulation.app import flwr_simulation
+
+    flwr_simulation()
 
 
 def _prepare_task() -> None:

@@ -20,11 +20,15 @@ from certs.contexts import client_context
 from certs.errors import CertificateError, ConfigError
 from certs.identity import Identity
 
-# Flower's switches for what leaves the machine or changes it at run time. Set before Flower is imported.
+# Switches of Flower, and of ray under its simulation, for what leaves the machine or changes it at run time. Set
+# before either is imported.
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Despite its name it holds on Linux, too: ray listens on loopback, not on the machine's address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 # The components every bundle names; the code behind them is the installed one.
 COMPONENTS = {"serverapp": "app.server_app:app", "clientapp": "app.client_app:app"}
@@ -32,6 +36,7 @@ COMPONENTS = {"serverapp": "app.server_app:app", "clientapp": "app.client_app:ap
 # The modules of the task processes.
 SERVERAPP_TASK = "flwr.superlink.runtime.run_serverapp"
 CLIENTAPP_TASK = "flwr.supernode.runtime.run_clientapp"
+SIMULATION_TASK = "flwr.simulation.app"
 
 
 class HookError(RuntimeError):
@@ -84,8 +89,8 @@ def check_client_hook(client: type) -> None:
         )
 
 
-def install_commands(serverapp: str, clientapp: str) -> None:
-    """Make SuperExec start these programs for a ServerApp and a ClientApp task.
+def install_commands(serverapp: str, clientapp: str, simulation: str) -> None:
+    """Make SuperExec start these programs for a ServerApp, a ClientApp and a simulation task.
 
     Hook: the table ``flwr.supercore.constant.TASK_TYPE_TO_COMMAND``, read by ``SubprocessExecutor.launch``.
     """
@@ -94,7 +99,11 @@ def install_commands(serverapp: str, clientapp: str) -> None:
 
     check_command_hook(constant, subprocess_executor)
     constant.TASK_TYPE_TO_COMMAND.update(
-        {constant.TaskType.SERVER_APP: serverapp, constant.TaskType.CLIENT_APP: clientapp}
+        {
+            constant.TaskType.SERVER_APP: serverapp,
+            constant.TaskType.CLIENT_APP: clientapp,
+            constant.TaskType.SIMULATION: simulation,
+        }
     )
 
 
@@ -103,7 +112,7 @@ def check_command_hook(constant: Any, subprocess_executor: Any) -> None:
     table: Any = getattr(constant, "TASK_TYPE_TO_COMMAND", None)
     used: Any = getattr(subprocess_executor, "TASK_TYPE_TO_COMMAND", None)
     types: Any = getattr(constant, "TaskType", None)
-    wanted = [getattr(types, name, None) for name in ("SERVER_APP", "CLIENT_APP")]
+    wanted = [getattr(types, name, None) for name in ("SERVER_APP", "CLIENT_APP", "SIMULATION")]
     if (
         not isinstance(table, dict)
         or table is not used
@@ -118,8 +127,8 @@ def check_command_hook(constant: Any, subprocess_executor: Any) -> None:
 def install_bundle_check(task: str) -> None:
     """Refuse a Flower App Bundle that carries code, in a task process.
 
-    Hook: the name ``install_from_fab`` in the modules ``SERVERAPP_TASK`` and ``CLIENTAPP_TASK``, called with the
-    bundle's bytes before anything is loaded.
+    Hook: the name ``install_from_fab`` in the modules ``SERVERAPP_TASK``, ``CLIENTAPP_TASK`` and ``SIMULATION_TASK``,
+    called with the bundle's bytes before anything is loaded.
     """
     module: Any = importlib.import_module(task)
     check_bundle_hook(module)

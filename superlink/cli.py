@@ -1,5 +1,6 @@
-"""``vlafleet superlink``, ``site``, ``run`` and ``flwr``: the federation operator's commands."""
+"""``vlafleet superlink``, ``site``, ``run``, ``simulate`` and ``flwr``: the federation operator's commands."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,17 @@ from certs.errors import RunFailedError
 from certs.identity import Identity
 from certs.roles import Role
 
+AppOption = Annotated[
+    Path, typer.Option(envvar="VLAFLEET_APP", help="The directory of the app's pyproject.toml.")
+]
+RunsOption = Annotated[
+    Path, typer.Option(envvar="VLAFLEET_RUNS", help="Where the run's results go.")
+]
+RunConfigOption = Annotated[
+    list[str] | None,
+    typer.Option("--run-config", "-c", help="Overrides, 'key=value key=value'."),
+]
+
 site = typer.Typer(no_args_is_help=True, help="The federation's sites.")
 
 
@@ -18,11 +30,14 @@ def superlink(
     state: Annotated[Path, typer.Option(help="Where Flower's database lies.")],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9092,
+    simulation: Annotated[
+        bool, typer.Option("--simulation", help="Simulate the sites of every run.")
+    ] = False,
 ) -> None:
     """Run the SuperLink: every API over mutual TLS, guarded by role."""
     from superlink.server import serve
 
-    serve(Identity.load(identity, Role.SUPERLINK), host, port, state)
+    serve(Identity.load(identity, Role.SUPERLINK), host, port, state, simulation=simulation)
 
 
 @site.command()
@@ -53,13 +68,8 @@ def list_(identity: IdentityOption, superlink: SuperLinkOption) -> None:
 def run(
     identity: IdentityOption,
     superlink: SuperLinkOption,
-    app: Annotated[
-        Path, typer.Option(envvar="VLAFLEET_APP", help="The directory of the app's pyproject.toml.")
-    ] = Path(),
-    run_config: Annotated[
-        list[str] | None,
-        typer.Option("--run-config", "-c", help="Overrides, 'key=value key=value'."),
-    ] = None,
+    app: AppOption = Path(),
+    run_config: RunConfigOption = None,
     site: Annotated[
         list[str] | None,
         typer.Option("--site", help="Wait for this site; by default for every registered one."),
@@ -98,9 +108,7 @@ def demo(
         Path, typer.Option(help="Where identities, logs and Flower's state go.")
     ] = Path(".demo"),
     data: Annotated[Path, typer.Option(help="Where the demo data goes.")] = Path("data/demo"),
-    runs: Annotated[
-        Path, typer.Option(envvar="VLAFLEET_RUNS", help="Where the run's results go.")
-    ] = Path("runs"),
+    runs: RunsOption = Path("runs"),
     port: Annotated[
         int, typer.Option(min=1, max=65000, help="The SuperLink's port; the sites use those above.")
     ] = 9092,
@@ -112,6 +120,32 @@ def demo(
     from superlink.demo import demo as run_demo
 
     run_demo(directory, data, runs, port, run_config)
+
+
+def simulate(
+    dataset: Annotated[
+        list[str],
+        typer.Option(
+            help="A dataset whose episodes the sites share; several take turns over the sites."
+        ),
+    ],
+    sites: Annotated[int, typer.Option(min=1, max=10_000, help="How many sites to simulate.")] = 4,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="ClientApps that run at a time; by default one for each core."),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="GPUs that these ClientApps share; 0 trains on the CPU.")
+    ] = 0,
+    app: AppOption = Path(),
+    runs: RunsOption = Path("runs"),
+    run_config: RunConfigOption = None,
+) -> None:
+    """Run the app in Flower's simulation runtime: many sites on this machine, one dataset."""
+    from superlink.simulation import simulate as run_simulation
+
+    at_once = parallel or len(os.sched_getaffinity(0))
+    run_simulation(app, dataset, sites, at_once, gpus, runs, run_config or [])
 
 
 def flwr(

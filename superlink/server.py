@@ -31,16 +31,17 @@ _log = logging.getLogger("vlafleet.superlink")
 _PUBLIC_KEY_HEADER = b"flwr-public-key"
 
 
-def serve(identity: Identity, host: str, port: int, state: Path) -> None:
+def serve(identity: Identity, host: str, port: int, state: Path, *, simulation: bool) -> None:
     """Run the SuperLink until SIGTERM or SIGINT.
 
-    ``state`` is a directory; Flower keeps its database there, so runs and SuperNodes outlive a crash.
+    ``state`` is a directory; Flower keeps its database there, so runs and SuperNodes outlive a crash. With
+    ``simulation`` every run is one for Flower's simulation runtime, which has no SuperNodes.
     """
     # Both fail in a moment with a sentence; importing Flower takes seconds.
     revocations = Revocations(identity.crl, identity.authority)
     listener = bind(host, port)
     with listener:
-        app = _flower_app(host, port, state)
+        app = _flower_app(host, port, state, simulation=simulation)
         factory: LinkStateFactory = app.state.linkstate_factory
         REGISTRY.register(FleetCollector(factory, identity))
         guard = Guard(rules(app, factory), app, revocations)
@@ -99,7 +100,7 @@ def _site_with_its_own_key(factory: "LinkStateFactory") -> Rule:
     return rule
 
 
-def _flower_app(host: str, port: int, state: Path) -> "FastAPI":
+def _flower_app(host: str, port: int, state: Path, *, simulation: bool) -> "FastAPI":
     """Compose Flower's application as ``flower-superlink`` does, with SuperNode authentication on."""
     quiet()
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
@@ -137,7 +138,7 @@ def _flower_app(host: str, port: int, state: Path) -> "FastAPI":
         health_server_address=None,
         fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
         fleet_api_address=None,
-        simulation=False,
+        simulation=simulation,
         runtime_dependency_install=False,
     )
     return create_app(config, SuperLinkLifespan)

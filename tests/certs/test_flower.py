@@ -13,6 +13,7 @@ from certs.flower import (
     CLIENTAPP_TASK,
     COMPONENTS,
     SERVERAPP_TASK,
+    SIMULATION_TASK,
     HookError,
     check_bundle,
     check_bundle_hook,
@@ -86,8 +87,8 @@ def test_command_hook_holds() -> None:
 
 @pytest.mark.parametrize("change", ["gone", "copied", "renamed"])
 def test_command_hook_names_itself(change: str) -> None:
-    types_ = types.SimpleNamespace(SERVER_APP="s", CLIENT_APP="c")
-    table = {"s": "flwr-serverapp", "c": "flwr-clientapp"}
+    types_ = types.SimpleNamespace(SERVER_APP="s", CLIENT_APP="c", SIMULATION="m")
+    table = {"s": "flwr-serverapp", "c": "flwr-clientapp", "m": "flwr-simulation"}
     constant = types.SimpleNamespace(TaskType=types_, TASK_TYPE_TO_COMMAND=table)
     executor = types.SimpleNamespace(TASK_TYPE_TO_COMMAND=table)
     check_command_hook(constant, executor)
@@ -102,7 +103,7 @@ def test_command_hook_names_itself(change: str) -> None:
 
 
 def test_bundle_hook_holds() -> None:
-    for task in (SERVERAPP_TASK, CLIENTAPP_TASK):
+    for task in (SERVERAPP_TASK, CLIENTAPP_TASK, SIMULATION_TASK):
         check_bundle_hook(importlib.import_module(task))
 
 
