@@ -161,15 +161,16 @@ def _pull(parameters: "list[torch.Tensor]", anchors: "list[torch.Tensor]", mu: f
     """Add the gradient of mu/2 * ||w - w0||^2, the value returned; one tensor's worth of memory, no graph."""
     import torch
 
-    squares = []
+    # One sum, not a list of them: small tensors kept between large ones fragment the heap (+400 MB for SmolVLA).
+    squares = torch.zeros((), device=parameters[0].device)
     with torch.no_grad():
         for parameter, anchor in zip(parameters, anchors, strict=True):
             # A tensor that no gradient reaches does not move either.
             if parameter.grad is not None:
                 change = parameter - anchor
                 parameter.grad.add_(change, alpha=mu)
-                squares.append(change.square().sum())
-    return mu / 2 * torch.stack(squares).sum().item()
+                squares += change.square_().sum()
+    return mu / 2 * squares.item()
 
 
 def _require_time(deadline: float | None, step: int, steps: int) -> None:
