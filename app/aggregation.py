@@ -28,8 +28,8 @@ MAX_FRAMES = 1_000_000_000
 # Values of all sites that a robust mean sorts at a time (32 MB): more sites are sorted in more,
 # narrower chunks, and each update's tensor is then decoded once a chunk.
 _SORTED = 1 << 23
-# Values squared at a time for a norm: 512 KB as float64 stay in the processor's cache.
-_SQUARED = 1 << 16
+# Values worked on at a time: some rows of them stay in the processor's cache.
+_CACHED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,16 @@ class Updates:
         shape, sites = self._shapes[name], len(updates)
         mean = np.empty(math.prod(shape), np.float32)
         width = min(max(_SORTED // sites, 1), max(mean.size, 1))
-        columns = np.empty((width, sites), np.float32)
+        rows = np.empty((sites, width), np.float32)
         for start in range(0, mean.size, width):
-            chunk = columns[: min(width, mean.size - start)]
-            for column, kept in enumerate(updates):
-                values = kept.update.tensor(name).reshape(-1)
-                chunk[:, column] = values[start : start + len(chunk)]
-            chunk.sort(axis=1)
-            middle = chunk[:, drop : sites - drop]
-            mean[start : start + len(chunk)] = middle.mean(axis=1, dtype=np.float64)
+            chunk = mean[start : start + width]
+            for row, kept in zip(rows, updates, strict=True):
+                row[: chunk.size] = kept.update.tensor(name).reshape(-1)[start : start + width]
+            for first in range(0, chunk.size, _CACHED):
+                part = chunk[first : first + _CACHED]
+                columns = rows[:, first : first + part.size]
+                _sort(columns)
+                part[:] = columns[drop : sites - drop].mean(axis=0, dtype=np.float64)
         return mean.reshape(shape)
 
     def _check(self, update: Payload, frames: int) -> float:
@@ -174,6 +175,27 @@ class Updates:
         )
 
 
+def _sort(rows: npt.NDArray[np.float32]) -> None:
+    """Sort each column in place, comparing whole rows: numpy's sort takes 15 times as long for two sites.
+
+    Batcher's odd-even merge sort (Knuth, The Art of Computer Programming 3, 5.2.2, Algorithm M).
+    """
+    count, lesser = len(rows), np.empty(rows.shape[1:], np.float32)
+    run = 1
+    while run < count:
+        apart = run
+        while apart:
+            for start in range(apart % run, count - apart, 2 * apart):
+                for low in range(start, min(start + apart, count - apart)):
+                    high = low + apart
+                    if low // (2 * run) == high // (2 * run):
+                        np.minimum(rows[low], rows[high], out=lesser)
+                        np.maximum(rows[low], rows[high], out=rows[high])
+                        rows[low] = lesser
+            apart //= 2
+        run *= 2
+
+
 def _square(name: str, delta: npt.NDArray[np.float32]) -> float:
     """The sum of squares of one tensor; ``PayloadError`` where a value is not to be trusted."""
     # A comparison with NaN is false: this refuses NaN and infinity as well.
@@ -182,9 +204,9 @@ def _square(name: str, delta: npt.NDArray[np.float32]) -> float:
             "finite", f"Tensor {name} of the update is not finite, or is beyond 1e18."
         )
     flat, total = delta.reshape(-1), 0.0
-    for start in range(0, flat.size, _SQUARED):
+    for start in range(0, flat.size, _CACHED):
         # fp32 would overflow here, and round the norm of a hundred million values.
-        part = flat[start : start + _SQUARED].astype(np.float64)
+        part = flat[start : start + _CACHED].astype(np.float64)
         total += float(part @ part)
     return total
 

@@ -132,6 +132,16 @@ def test_the_median_is_numpys(given_reports: list[tuple[Tensors, int]]) -> None:
             np.testing.assert_array_equal(mean, exact.astype(np.float32))
 
 
+@pytest.mark.parametrize("sites", [*range(1, 34), 100])
+def test_every_number_of_sites_is_sorted(sites: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(sites)
+    sent = draw.integers(-9, 9, (sites, 40)).astype(np.float32)
+    with Updates(tmp_path / "u", {"w": (40,)}, base_hash=BASE, frozen_hash=FROZEN) as updates:
+        for index, row in enumerate(sent):
+            updates.add(f"s{index:03d}", update({"w": row}), 1)
+        np.testing.assert_array_equal(updates.mean("w", robust="median"), np.median(sent, axis=0))
+
+
 @given(reports, robust, st.randoms())
 @on_disk
 def test_the_order_of_arrival_changes_no_bit(
@@ -223,8 +233,9 @@ def test_chunks_meet_without_a_seam(kind: str, monkeypatch: pytest.MonkeyPatch) 
     with opened(given_reports) as updates:
         whole = {name: updates.mean(name, robust=kind) for name in SHAPES}
         # Three, two, and (more sites than a chunk holds values) one value of each site at a time.
-        for size in (15, 10, 2):
+        for size, cached in ((15, 2), (10, 1), (2, 1), (1000, 3)):
             monkeypatch.setattr(aggregation, "_SORTED", size)
+            monkeypatch.setattr(aggregation, "_CACHED", cached)
             for name in SHAPES:
                 assert updates.mean(name, robust=kind).tobytes() == whole[name].tobytes()
 
