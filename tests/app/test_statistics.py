@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -26,6 +25,7 @@ from app.statistics import (
     to_bytes,
 )
 from certs.errors import DatasetError
+from tests.damage import data, edit_column
 
 
 def _of(values: NDArray[np.float64]) -> Moments:
@@ -33,12 +33,8 @@ def _of(values: NDArray[np.float64]) -> Moments:
     return Moments(len(values), mean, ((values - mean) ** 2).sum(axis=0))
 
 
-def _data(root: Path) -> Path:
-    return next((root / "data").rglob("*.parquet"))
-
-
 def _rows(root: Path, key: str, episodes: tuple[int, ...]) -> NDArray[np.float64]:
-    table = pq.read_table(_data(root)).to_pandas()
+    table = pq.read_table(data(root)).to_pandas()
     return np.stack(table[table["episode_index"].isin(episodes)][key]).astype(np.float64)
 
 
@@ -57,16 +53,14 @@ def test_neither_held_out_rows_nor_stats_json_enter(tiny_dataset: Path, tmp_path
     shutil.copytree(tiny_dataset, root)
     before = moments_of(open_dataset(str(root), held_out=0.25, seed=0))
     dataset = open_dataset(str(root), held_out=0.25, seed=0)
-    table = pq.read_table(_data(root))
-    owner = np.array(table["episode_index"])
-    states = np.stack(table["observation.state"].to_numpy())
-    states[np.isin(owner, dataset.held_out_episodes)] = np.nan
-    column = pa.array(list(states), table.schema.field("observation.state").type)
-    pq.write_table(
-        table.set_column(
-            table.column_names.index("observation.state"), "observation.state", column
-        ),
-        _data(root),
+    owner = np.array(pq.read_table(data(root))["episode_index"])
+    held_out = np.isin(owner, dataset.held_out_episodes)
+    edit_column(
+        data(root),
+        "observation.state",
+        lambda rows: [
+            [math.nan] * 6 if held else row for row, held in zip(rows, held_out, strict=True)
+        ],
     )
     (root / "meta" / "stats.json").unlink()
     assert to_bytes(moments_of(dataset)) == to_bytes(before)
@@ -169,15 +163,11 @@ def test_a_value_that_is_not_finite_is_one_sentence(tiny_dataset: Path, tmp_path
     shutil.copytree(tiny_dataset, root)
     dataset = open_dataset(str(root), held_out=0.25, seed=0)
     episode = dataset.train_episodes[-1]
-    table = pq.read_table(_data(root))
-    rows = table["observation.state"].to_pylist()
-    rows[dataset.meta.episodes[episode].first + 3][2] = math.nan
-    column = pa.array(rows, table.schema.field("observation.state").type)
-    pq.write_table(
-        table.set_column(
-            table.column_names.index("observation.state"), "observation.state", column
-        ),
-        _data(root),
+    broken = dataset.meta.episodes[episode].first + 3
+    edit_column(
+        data(root),
+        "observation.state",
+        lambda rows: [*rows[:broken], [math.nan] * 6, *rows[broken + 1 :]],
     )
     with pytest.raises(
         DatasetError, match=f"episode {episode} in .*observation.state that are not finite"
