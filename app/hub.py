@@ -10,12 +10,8 @@ from certs.errors import FleetError, ModelError, StorageError, first_line
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a policy is. An allow-list: whatever else comes to lie in a checkpoint stays at home.
-_TEXTS = (
-    "config.json",
-    "policy_preprocessor.json",
-    "policy_postprocessor.json",
-    "federation.json",
-)
+_FEDERATION = "federation.json"
+_TEXTS = ("config.json", "policy_preprocessor.json", "policy_postprocessor.json", _FEDERATION)
 _STATES = "policy_*processor_step_*.safetensors"
 # Seconds without a byte after which a request has failed: huggingface_hub sets no limit of its own, and the Hub
 # takes a while to put a large upload's parts together before it answers.
@@ -122,8 +118,11 @@ def _contents(checkpoint: Path, card: Path) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {path.name: path for path in weights}
     for path in (checkpoint / name for name in _TEXTS):
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == _FEDERATION:
+                # The record of a round that is not over yet, for a ServerApp that goes on with it.
+                content.pop("record", None)
+        except (OSError, ValueError, AttributeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}): only a whole checkpoint is pushed."
             ) from error

@@ -1,18 +1,23 @@
-"""The closing table of a run: held-out loss per site and round, against the base model."""
+"""``vlafleet report``: a run's closing table, what was odd in it, and the same at length in report.html."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from app import anomalies, tables
 from app.journal import read_config, read_rounds
-from certs.errors import RunFailedError
+from app.series import EARLY_STOPPING, Run, best, change, committed, losses, mean_losses
+from certs.errors import RunFailedError, StorageError, ToolError
 
+PAGE = "report.html"
 # Columns of rounds beside round 0: with the names they fill a terminal of 80 characters.
 _COLUMNS = 4
 
@@ -22,87 +27,114 @@ cli = typer.Typer()
 @cli.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory below runs/.")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Another run to compare with.")
+    ] = None,
 ) -> None:
-    """Print a run's table; exit 16 when it has fewer rounds than it was asked for."""
-    config, rounds = read_config(run), read_rounds(run)
+    """Print a run's table and write its report.html; exit 16 when it has fewer rounds than it was asked for."""
+    console, found = Console(), _read(run)
+    with _readable(run):
+        print_report(console, run, found)
+        asked, done = int(found[0]["config"]["rounds"]), committed(found[1])
+        early = (found[0]["ended"] or {}).get("reason") == EARLY_STOPPING
+    if baseline:
+        with _readable(baseline):
+            console.print(_rich(tables.comparison(found, _read(baseline))))
+    _print_path(console, "Report:", write_report(run, baseline))
+    if done < asked and not early:
+        raise RunFailedError(f"{run} has {done} of the {asked} rounds it was asked for.")
+
+
+def write_report(directory: Path, baseline: Path | None = None) -> Path:
+    """Write ``report.html`` into a run's directory; returns its path.
+
+    Raises RunFailedError where a record is damaged, StorageError where the page cannot be written and ToolError where
+    what draws it is not installed.
+    """
+    run, other = _read(directory), _read(baseline) if baseline else None
+    path = directory / PAGE
     try:
-        print_report(Console(), run, config, rounds)
-        asked = int(config["config"]["rounds"])
-        committed = sum(bool(record["committed"]) for record in rounds if record["round"] > 0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunFailedError(
-            f"The record in {run} is damaged ({type(error).__name__}: {error})."
+        # What holds the joints' names imports pyarrow, and the pictures need matplotlib.
+        from app.dataset_meta import JOINTS
+        from app.page import render
+
+        with _readable(directory if other is None else f"{directory} or {baseline}"):
+            page = render(run, JOINTS, other)
+    except ModuleNotFoundError as error:
+        raise ToolError(
+            f"{path} was not written, {error.name} is missing: install vlafleet's extra 'app'."
         ) from error
-    if committed < asked:
-        raise RunFailedError(f"{run} has {committed} of the {asked} rounds it was asked for.")
+    work = path.with_name(f".{path.name}.tmp")
+    try:
+        work.write_text(page, encoding="utf-8")
+        work.rename(path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}): check who owns the directory."
+        ) from error
+    return path
 
 
-def print_report(
-    console: Console, run: Path, config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
-) -> None:
-    """The table, then every end that was not ``completed``, then where the model lies."""
-    console.print(loss_table(config, rounds))
-    for line in incidents(rounds):
-        console.print(line, markup=False, highlight=False)
-    committed = [record for record in rounds if record["checkpoint"]]
-    if committed:
-        last = committed[-1]
-        # The path on a line of its own, unbroken: it is there to be copied.
-        console.print(f"Model of round {last['round']}:", highlight=False)
-        console.print(str(run / last["checkpoint"]), soft_wrap=True, markup=False, highlight=False)
+def print_report(console: Console, directory: Path, run: Run) -> None:
+    """The table, then what was odd, then where the models lie."""
+    config, rounds = run
+    console.print(loss_table(run))
+    for anomaly in anomalies.find(config, rounds):
+        console.print(anomaly.sentence, markup=False, highlight=False)
+    kept = [record for record in rounds if record["checkpoint"]]
+    if kept:
+        last, lowest = kept[-1], best(config, rounds)
+        if lowest and lowest["round"] != last["round"]:
+            where = directory / lowest["checkpoint"]
+            _print_path(console, f"Best model, of round {lowest['round']}:", where)
+        _print_path(console, f"Model of round {last['round']}:", directory / last["checkpoint"])
 
 
-def loss_table(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> Table:
+def loss_table(run: Run) -> Table:
     """Rows: sites and their mean; columns: rounds, and the last one's change against round 0."""
+    config, rounds = run
     shown = [*rounds[:1], *rounds[1:][-_COLUMNS:]]
-    table = Table(title=f"Held-out loss, run {config['run']}", title_justify="left")
-    table.add_column("site")
-    for record in shown:
-        table.add_column(f"round {record['round']}", justify="right")
-    table.add_column("change", justify="right")
-    sites = list(config["sites"] or {})
-    rows = {site: [_site_loss(record, site) for record in shown] for site in sites}
-    # A mean over fewer sites than another round's says nothing against it.
-    rows["all sites"] = [
-        record["aggregate"]["loss"] if all(rows[site][n] is not None for site in sites) else None
-        for n, record in enumerate(shown)
-    ]
-    for name, losses in rows.items():
-        if name == "all sites":
+    rows = {**losses(config, shown), tables.ALL: mean_losses(config, shown)}
+    return _rich(
+        tables.Table(
+            f"Held-out loss, run {config['run']}",
+            ("site", *(f"round {record['round']}" for record in shown), "change"),
+            [
+                (name, *map(tables.shown, series), tables.percent(change(series)))
+                for name, series in rows.items()
+            ],
+        )
+    )
+
+
+def _rich(content: tables.Table) -> Table:
+    table = Table(title=Text(content.title), title_justify="left")
+    for index, name in enumerate(content.head):
+        table.add_column(name, justify="right" if index else "left")
+    for row in content.rows:
+        if row[0] == tables.ALL:
             table.add_section()
-        table.add_row(name, *(_loss(loss) for loss in losses), _change(losses))
+        # As text: what a record holds is no markup.
+        table.add_row(*map(Text, row))
     return table
 
 
-def incidents(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for every site that did not complete what it was asked, and every failed round."""
-    lines = []
-    for record in rounds:
-        if record["reason"]:
-            lines.append(f"round {record['round']}: {record['reason']}")
-        for site, kinds in record["sites"].items():
-            for kind, result in kinds.items():
-                if result and result["state"] != "completed":
-                    lines.append(
-                        f"round {record['round']} {kind}: {site} {result['state']}, "
-                        f"{result['reason']}"
-                    )
-    return lines
+def _print_path(console: Console, label: str, path: Path) -> None:
+    """A path on a line of its own, unbroken: it is there to be copied."""
+    console.print(label, highlight=False)
+    console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
-def _site_loss(record: Mapping[str, Any], site: str) -> float | None:
-    result = (record["sites"].get(site) or {}).get("evaluate") or {}
-    loss: float | None = result.get("loss")
-    return loss
+def _read(directory: Path) -> Run:
+    return read_config(directory), read_rounds(directory)
 
 
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
-
-
-def _change(losses: Sequence[float | None]) -> str:
-    """The last measured round against round 0, in per cent."""
-    first, later = losses[0] if losses else None, [loss for loss in losses[1:] if loss is not None]
-    if not first or not later:
-        return "-"
-    return f"{100 * (later[-1] / first - 1):+.1f} %"
+@contextmanager
+def _readable(where: object) -> Iterator[None]:
+    """Turn what a damaged record makes of its readers into one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunFailedError(
+            f"The record in {where} is damaged ({type(error).__name__}: {error})."
+        ) from error

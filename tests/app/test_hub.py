@@ -50,7 +50,8 @@ def checkpoint(tiny_base: Path, tmp_path: Path) -> Path:
     with Checkpoint(
         checkpoints, 2, base=tiny_base, shapes={}, states=(), normalisation=statistics
     ) as writing:
-        writing.finish({"round": 2, "base": {"name": str(tiny_base)}}, None)
+        base, record = {"name": str(tiny_base)}, {"reason": "SECRET"}
+        writing.finish({"round": 2, "base": base, "record": record}, None)
     path = checkpoints / "round-0002"
     for name in (SERVER, UPDATE, "optimizer.pt"):
         (path / name).write_bytes(b"moments")
@@ -102,6 +103,7 @@ def test_no_path_of_this_machine_is_published(hub: Hub, checkpoint: Path, tiny_b
     folder = hub.repositories[KEY]
     for path in folder.glob("*.json"):
         assert str(tiny_base.parent) not in path.read_text(), path
+        assert "SECRET" not in path.read_text(), path
     published = json.loads((folder / "config.json").read_text())
     here = json.loads((checkpoint / "config.json").read_text())
     assert published == {**here, "vlm_model_name": "vlm"}
