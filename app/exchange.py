@@ -150,7 +150,7 @@ class Exchange:
         return [self._outcomes[name] for name in sorted(self._outcomes)]
 
     def _over(self) -> bool:
-        """Whether the exchange is closed; everyone who takes the lock to change it asks here first."""
+        """Whether the exchange is closed; nothing is folded in without asking here first."""
         if not self._closed:
             soft = self._deadlines.soft
             if not self._waiting or self.left() <= 0:
@@ -297,8 +297,8 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - whatever Flower raises fails this site alone
             reason = one_line(f"not sent again: {error}")
         with self._changed:
-            # The exchange may have closed meanwhile, and the site may have ended as offline.
-            if self._over() or site not in self._waiting:
+            # It may have ended meanwhile, as offline or because the exchange closed.
+            if site not in self._waiting:
                 return
             if message_id is None:
                 self._settle(site, State.ERROR, reason)
