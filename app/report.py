@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from app import anomalies, tables
-from app.journal import read_config, read_rounds
+from app.run_directory import read_run, readable, write_text
 from app.series import EARLY_STOPPING, Run, best, change, committed, losses, mean_losses
-from certs.errors import RunFailedError, StorageError, ToolError
+from certs.errors import RunFailedError, ToolError
 
 PAGE = "report.html"
 # Columns of rounds beside round 0: with the names they fill a terminal of 80 characters.
@@ -32,14 +30,14 @@ def report(
     ] = None,
 ) -> None:
     """Print a run's table and write its report.html; exit 16 when it has fewer rounds than it was asked for."""
-    console, found = Console(), _read(run)
-    with _readable(run):
+    console, found = Console(), read_run(run)
+    with readable(run):
         print_report(console, run, found)
         asked, done = int(found[0]["config"]["rounds"]), committed(found[1])
         early = (found[0]["ended"] or {}).get("reason") == EARLY_STOPPING
     if baseline:
-        with _readable(baseline):
-            console.print(_rich(tables.comparison(found, _read(baseline))))
+        with readable(baseline):
+            console.print(_rich(tables.comparison(found, read_run(baseline))))
     _print_path(console, "Report:", write_report(run, baseline))
     if done < asked and not early:
         raise RunFailedError(f"{run} has {done} of the {asked} rounds it was asked for.")
@@ -51,28 +49,20 @@ def write_report(directory: Path, baseline: Path | None = None) -> Path:
     Raises RunFailedError where a record is damaged, StorageError where the page cannot be written and ToolError where
     what draws it is not installed.
     """
-    run, other = _read(directory), _read(baseline) if baseline else None
+    run, other = read_run(directory), read_run(baseline) if baseline else None
     path = directory / PAGE
     try:
         # What holds the joints' names imports pyarrow, and the pictures need matplotlib.
         from app.dataset_meta import JOINTS
         from app.page import render
 
-        with _readable(directory if other is None else f"{directory} or {baseline}"):
+        with readable(directory if other is None else f"{directory} or {baseline}"):
             page = render(run, JOINTS, other)
     except ModuleNotFoundError as error:
         raise ToolError(
             f"{path} was not written, {error.name} is missing: install vlafleet's extra 'app'."
         ) from error
-    work = path.with_name(f".{path.name}.tmp")
-    try:
-        work.write_text(page, encoding="utf-8")
-        work.rename(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written ({error.strerror}): check who owns the directory."
-        ) from error
-    return path
+    return write_text(path, page)
 
 
 def print_report(console: Console, directory: Path, run: Run) -> None:
@@ -123,18 +113,3 @@ def _print_path(console: Console, label: str, path: Path) -> None:
     """A path on a line of its own, unbroken: it is there to be copied."""
     console.print(label, highlight=False)
     console.print(str(path), soft_wrap=True, markup=False, highlight=False)
-
-
-def _read(directory: Path) -> Run:
-    return read_config(directory), read_rounds(directory)
-
-
-@contextmanager
-def _readable(where: object) -> Iterator[None]:
-    """Turn what a damaged record makes of its readers into one sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RunFailedError(
-            f"The record in {where} is damaged ({type(error).__name__}: {error})."
-        ) from error
