@@ -13,7 +13,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; }
-.pictures { display: grid; margin-top: 2rem; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); }
+.pictures { display: grid; gap: 1.5rem; margin-top: 2rem; }
+@media (min-width: 70rem) { .pictures { grid-template-columns: 1fr 1fr; } }
 figure { margin: 0; }
 figure img { width: 100%; }
 .scroll { overflow-x: auto; }

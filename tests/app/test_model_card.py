@@ -68,7 +68,7 @@ def test_only_datasets_on_the_hub_are_named(tmp_path: Path) -> None:
         "/srv/data/unseen": {"loss": 0.7, "reason": None},
         "hf:acme/unseen": {"loss": None, "reason": "out of reach"},
     }
-    settings = {
+    settings: Any = {
         "eval_datasets": "/srv/data/unseen hf:acme/unseen",
         "simulation_dataset": "/srv/all",
     }
