@@ -313,7 +313,7 @@ def _site(context: Context, config: RunConfig) -> tuple[str, SiteDataset]:
     """This site's name and its dataset."""
     from app.dataset import open_dataset
 
-    simulated = simulation.site_of(context.node_config, config)
+    simulated = simulation.site_of(context.node_config, config.as_dict())
     site, uri = simulated or (_text(context, "site"), _text(context, "dataset"))
     return site, open_dataset(uri, held_out=config.held_out, seed=config.seed)
 

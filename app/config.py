@@ -199,6 +199,21 @@ class RunConfig:
                 f"The run config sets soft-deadline={config.soft_deadline:g} above "
                 f"round-timeout={config.round_timeout:g}: the soft deadline comes first."
             )
+        if 0 < config.sites_per_round < config.quorum:
+            raise ConfigError(
+                f"The run config sets quorum={config.quorum} above "
+                f"sites-per-round={config.sites_per_round}: no round could have its quorum."
+            )
+        if config.min_learning_rate > config.learning_rate:
+            raise ConfigError(
+                f"The run config sets min-learning-rate={config.min_learning_rate:g} above "
+                f"learning-rate={config.learning_rate:g}: the rate decays."
+            )
+        if 0 < config.spike_factor < 1:
+            raise ConfigError(
+                f"The run config sets spike-factor={config.spike_factor:g}: it takes 0 (off), or a "
+                "number from 1 on."
+            )
         return config
 
     def as_dict(self) -> dict[str, bool | int | float | str]:

@@ -50,9 +50,12 @@ class Description:
         chunk_bytes: int,
     ) -> Description:
         """Describe ``dataset``."""
+        # A fragment may hold a slash.
+        location, mark, fragment = dataset.uri.partition("#")
+        name = location if location.startswith("hf:") else Path(location).name
         return cls(
             site=site,
-            dataset=dataset.uri if dataset.uri.startswith("hf:") else Path(dataset.uri).name,
+            dataset=f"{name}{mark}{fragment}",
             train_episodes=len(dataset.train_episodes),
             held_out_episodes=len(dataset.held_out_episodes),
             train_frames=dataset.frames(dataset.train_episodes),

@@ -6,6 +6,7 @@ A reply's metrics are checked by name and type: they come from another machine.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.dataset_meta import JOINTS
 from app.exchange import Exchange, Outcome
 from app.payload import PayloadError
 from app.rounds import Deadlines, Grid, Site, State, one_line
+from certs.errors import StorageError
 
 _log = logging.getLogger("flwr")
 
@@ -55,25 +57,31 @@ def ask(
 
     ``requests`` say which ``round`` it is, and the rest of what the site is told. ``held`` says
     which model each site holds and is brought up to date. The exchange closes when ``enough`` sites
-    completed, and at the config's deadlines.
+    completed, and at the config's deadlines. ``StorageError`` when this side cannot keep a reply.
     """
     forms = {site: broadcast.form(held.get(site.name)) for site in requests}
     reported: dict[str, dict[str, Any]] = {}
-    down: dict[str, int] = dict.fromkeys((site.name for site in requests), 0)
+    down: dict[str, list[int]] = {site.name: [] for site in requests}
     up: dict[str, int] = {}
+    broken: list[StorageError] = []
 
-    def message(site: Site) -> Message:
+    def message(site: Site, seconds: float) -> Message:
         content = broadcast.content(forms[site], requests[site])
-        down[site.name] += payload.wire_bytes(content)
+        down[site.name].append(payload.wire_bytes(content))
         # Once the round is over, a site that was away must not start on it.
-        return Message(content, site.node, kind, ttl=config.round_timeout)
+        return Message(content, site.node, kind, ttl=seconds)
 
     def take(site: Site, reply: RecordDict) -> Message | None:
         if wanted(reply):
             forms[site] = "full"
-            return message(site)
+            return message(site, exchange.left())
         metrics = _metrics(reply, _KINDS[kind])
-        fold(site, reply, metrics)
+        try:
+            fold(site, reply, metrics)
+        except StorageError as error:
+            # A full disk here is no fault of the site's.
+            broken.append(error)
+            raise
         reported[site.name] = metrics
         up[site.name] = payload.wire_bytes(reply)
         return None
@@ -92,10 +100,12 @@ def ask(
         quorum=config.quorum,
         enough=enough,
     )
-    exchange.dispatch({site: message(site) for site in requests})
+    exchange.dispatch({site: message(site, config.round_timeout) for site in requests})
     dispatched()
     outcomes = exchange.collect()
     broadcast.release()
+    if broken:
+        raise broken[0]
     entries = {}
     for outcome in outcomes:
         name, completed = outcome.site.name, outcome.state is State.COMPLETED
@@ -106,7 +116,7 @@ def ask(
             "reason": outcome.reason,
             "seconds": outcome.seconds,
             "form": forms[outcome.site] if outcome.sent else None,
-            "bytes_down": down[name] if outcome.sent else 0,
+            "bytes_down": sum(down[name][: outcome.sent + outcome.resent]),
             "bytes_up": up[name] if completed else None,
             **(reported[name] if completed else dict.fromkeys(_KINDS[kind])),
         }
@@ -129,6 +139,11 @@ def number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
 
 
+def _numbers(value: object) -> list[float]:
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, int | float)]
+
+
 def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
     """The metrics in a site's reply, null where there is none; ``PayloadError`` on a wrong type."""
     found = dict(reply.metric_records.get(METRICS, {}))
@@ -137,6 +152,8 @@ def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
         sound = value is None or type(value) is kinds[name]
         if isinstance(value, list):
             sound = len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
+        # What is not finite was not measured, and must not steer the schedule.
+        sound = sound and all(math.isfinite(item) for item in _numbers(value))
         if not sound:
             raise PayloadError("metrics", f"The site reports {name} as {one_line(value)}.")
     return metrics

@@ -90,7 +90,7 @@ class Run:
         self._config = config
         self._records = read_rounds(directory)
         ended = (self._about["ended"] or {}).get("reason")
-        if config.resume and (len(self._records) > config.rounds or ended == EARLY):
+        if ended and (len(self._records) > config.rounds or ended == EARLY):
             raise RunFailedError(
                 f"Run {name} has ended ({ended}): start a new run, without resume."
             )
@@ -184,10 +184,11 @@ class Run:
     def _rounds(self) -> str:
         """Run the rounds that are left; how the run ended."""
         config, ended = self._config, COMPLETED
-        while ended == COMPLETED and len(self._records) <= config.rounds:
-            self._round(len(self._records))
+        while len(self._records) <= config.rounds:
             if schedule.stop(config, self._history()):
                 ended = EARLY
+                break
+            self._round(len(self._records))
         number = len(self._records) - 1
         if ended == EARLY:
             _log.info(
@@ -222,8 +223,9 @@ class Run:
                     record["reason"] = str(error)
                     _log.warning("round %d/%d fail: %s", number, self._config.rounds, error)
                 else:
-                    whole = len(updates) == len(sites)
-                    state.enter(Phase.COMMIT if whole else Phase.DEGRADE)
+                    # With over-sampling more are asked than are waited for.
+                    wanted = min(self._config.sites_per_round or len(sites), len(sites))
+                    state.enter(Phase.COMMIT if len(updates) >= wanted else Phase.DEGRADE)
                     checkpoint = self._commit(state, record, updates)
         self._finish(state, record, checkpoint)
 

@@ -152,7 +152,7 @@ def test_the_rate_of_a_later_round_goes_on_where_the_last_one_ended(
         asked.append(step)
         return 1e-4
 
-    monkeypatch.setattr(client_app.schedule, "learning_rate", recording)
+    monkeypatch.setattr("app.schedule.learning_rate", recording)
     run = config(tiny_base)
     content = request(tiny_base, described(tiny_dataset, run), run, number=2)
     assert not ask(MessageType.TRAIN, context(tiny_dataset, run), content).has_error()

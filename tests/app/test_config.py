@@ -82,7 +82,7 @@ def test_a_bad_value_is_named_with_its_key_and_range(
     ("given", "named"),
     [
         ({"over-sampling": 1.5}, "only with sites-per-round"),
-        ({"min-learning-rate": 0.1, "schedule": "constant"}, "only with a schedule that decays"),
+        ({"min-learning-rate": 1e-4, "schedule": "constant"}, "only with a schedule that decays"),
         ({"cycle-rounds": 3}, "only with warm-restarts"),
         ({"plateau-factor": 0.1}, "only with plateau"),
         ({"plateau-rounds": 9}, "only with schedule=plateau"),
@@ -102,7 +102,7 @@ def test_a_setting_without_an_effect_is_refused(given: dict[str, object], named:
 def test_the_same_settings_are_accepted_where_they_have_one() -> None:
     for given in (
         {"over-sampling": 1.5, "sites-per-round": 2},
-        {"min-learning-rate": 0.1, "cycle-rounds": 3, "schedule": "warm-restarts"},
+        {"min-learning-rate": 1e-4, "cycle-rounds": 3, "schedule": "warm-restarts"},
         {"plateau-factor": 0.1, "plateau-rounds": 9, "schedule": "plateau"},
         {"server-momentum": 0.5, "server-beta2": 0.5, "server-tau": 0.5, "strategy": "fedadam"},
         {"trim": 0.1, "robust": "trimmed-mean"},
@@ -115,6 +115,18 @@ def test_the_same_settings_are_accepted_where_they_have_one() -> None:
 def test_the_soft_deadline_comes_before_the_hard_one() -> None:
     with pytest.raises(ConfigError, match="soft-deadline=70 above round-timeout=60"):
         RunConfig.parse({"soft-deadline": 70, "round-timeout": 60})
+
+
+def test_the_quorum_is_not_above_the_sites_of_a_round() -> None:
+    with pytest.raises(ConfigError, match="quorum=3 above sites-per-round=2"):
+        RunConfig.parse({"quorum": 3, "sites-per-round": 2})
+
+
+def test_the_learning_rate_does_not_decay_upwards_nor_halve_without_a_spike() -> None:
+    with pytest.raises(ConfigError, match=r"min-learning-rate=0\.1 above learning-rate=0\.01"):
+        RunConfig.parse({"min-learning-rate": 0.1, "learning-rate": 0.01})
+    with pytest.raises(ConfigError, match=r"spike-factor=0\.5"):
+        RunConfig.parse({"spike-factor": 0.5})
 
 
 def test_models_are_kept_where_the_environment_says(

@@ -7,6 +7,7 @@ in test_client_app.
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,9 +25,9 @@ from app import payload, rounds, server_app, statistics, tensorfile
 from app.broadcast import want_full
 from app.config import RunConfig
 from app.description import Description
+from app.exchange import Exchange
 from app.journal import read_config, read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
-from app.exchange import Exchange
 from certs.errors import ConfigError, FleetError, RunFailedError
 
 
@@ -151,11 +152,17 @@ class FakeGrid:
 
     sites: dict[str, FakeSite]
     registered: bool = True
+    # Who is online until round 1 is over; empty: everyone.
+    first_online: tuple[str, ...] = ()
     replies: dict[str, Message | None] = field(default_factory=dict)
 
     def get_nodes(self) -> list[Node]:
+        early = len(self.replies) < 4 * len(self.first_online)
+        here = self.first_online if early else tuple(self.sites)
         return [
-            Node(n, name if self.registered else "") for n, name in enumerate(self.sites, start=1)
+            Node(n, name if self.registered else "")
+            for n, name in enumerate(self.sites, start=1)
+            if name in here
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -172,15 +179,22 @@ class FakeGrid:
 
 
 def start(
-    sites: dict[str, FakeSite], base: Path, *, registered: bool = True, **config: Any
+    sites: dict[str, FakeSite],
+    base: Path,
+    *,
+    registered: bool = True,
+    first_online: tuple[str, ...] = (),
+    **config: Any,
 ) -> Path:
     # fp32 and a constant rate, so that sums come out as written below.
-    plain = {"rounds": 2, "round_timeout": 5.0, "codec": "fp32", "schedule": "constant"}
-    run_config = RunConfig(model=str(base), **{**plain, **config})
+    plain: dict[str, Any] = {"rounds": 2, "round_timeout": 5.0, "model": str(base)}
+    plain |= {"codec": "fp32", "schedule": "constant"}
+    # A resumed run takes its settings from its record.
+    run_config = RunConfig(**(config if "resume" in config else {**plain, **config}))
     # As Flower does, give every run an id of its own.
     run = 17 + len(list(runs_root().glob("[0-9]*")))
     context = Context(run, 0, {}, RecordDict(), run_config.as_dict())
-    server_app.main(FakeGrid(sites, registered), context)  # type: ignore[arg-type]
+    server_app.main(FakeGrid(sites, registered, first_online), context)  # type: ignore[arg-type]
     return runs_root() / str(run)
 
 
@@ -327,6 +341,8 @@ def test_a_site_that_fails_does_not_stop_the_others(
         {"loss": 1.0, "frames": 2.5},
         {"loss": 1.0, "frames": 25, "rmse_deg": [1.0, 2.0]},
         {"loss": [1.0], "frames": 25},
+        {"loss": float("nan"), "frames": 25},
+        {"loss": 1.0, "frames": 25, "rmse_deg": [1.0, float("inf"), 1.0, 1.0, 1.0, 1.0]},
     ],
 )
 def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any) -> None:
@@ -430,3 +446,156 @@ def test_the_serverapp_imports_neither_torch_nor_lerobot() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_site_gets_the_model_as_it_needs_it(tiny_base: Path) -> None:
+    """Nothing where it holds it, the change where it holds the last one, else the whole model."""
+    sites = two(tiny_base)
+    site_b = sites["site-b"]
+
+    def lost(message: Message) -> Message | None:
+        site_b.forgets = True
+        return site_b.evaluate(message)
+
+    # Its reply to round 1's evaluation is lost with its disk.
+    site_b.override = {3: lost}
+    directory = start(sites, tiny_base, rounds=3)
+    assert sites["site-a"].forms == ["held", "held", "delta", "held", "delta", "held", "delta"]
+    # It could not use the delta and asked for the whole model within the same round.
+    assert site_b.forms == ["held", "held", "delta", "full", "held", "delta", "held", "delta"]
+    records = read_rounds(directory)
+    values = read_config(directory)["model"]["trainable_values"]
+    entry = records[1]["sites"]["site-b"]["evaluate"]
+    assert (entry["state"], entry["form"]) == ("completed", "full")
+    assert entry["bytes_down"] == 2 * 4 * values
+    assert all(record["committed"] and not record["degraded"] for record in records)
+
+
+def test_every_combination_of_codec_and_strategy_moves_the_model(tiny_base: Path) -> None:
+    before = tensorfile.read(tiny_base / "model.safetensors", trainable_names(tiny_base))
+    for options in (
+        {"codec": "bf16", "strategy": "fedavgm", "server_momentum": 0.5},
+        {"codec": "int4", "strategy": "fedadam", "server_learning_rate": 0.1},
+        {"codec": "int8", "robust": "median"},
+        {"codec": "fp32", "robust": "trimmed-mean", "trim": 0.4},
+    ):
+        directory = start(two(tiny_base), tiny_base, **options)
+        after = tensorfile.Lazy(
+            directory / "checkpoints" / "latest" / "model.safetensors", list(before)
+        )
+        moved = {float(np.median(after[name] - before[name])) for name in before}
+        # With an update of 0.35 a round FedAvgM takes 0.35, then 0.35 + 0.5 * 0.35; FedAdam
+        # 0.1 * 0.035 / (0.035 + 0.001), then 0.1 * 0.0665 / (0.04937 + 0.001). A robust mean of
+        # two sites takes (0.5 - 0.1) / 2 a round.
+        expected = {"fedavgm": 0.875, "fedadam": 0.2292}.get(str(options.get("strategy")), 0.4)
+        assert moved == pytest.approx([expected] * len(moved), rel=0.02), options
+
+
+def test_a_run_stops_early_and_keeps_the_best_round(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = {0: 2.0, 1: 1.0, 2: 1.5, 3: 1.2, 4: 0.1}
+    sites = two(tiny_base)
+    for site in sites.values():
+
+        def evaluate(message: Message, site: FakeSite = site) -> Message:
+            site.read(message)
+            number = int(message.content.config_records["request"]["round"])  # type: ignore[arg-type]
+            metrics = MetricRecord({"loss": losses[number], "frames": 25})
+            return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+        site.override = dict.fromkeys((1, 3, 5, 7, 9), evaluate)
+    with caplog.at_level(logging.INFO, "flwr"):
+        directory = start(sites, tiny_base, rounds=4, patience=2)
+    assert [record["best"] for record in read_rounds(directory)] == [0, 1, 1, 1]
+    assert (directory / "checkpoints" / "best").resolve().name == "round-0001"
+    assert read_config(directory)["ended"]["reason"] == "early stopping"
+    assert "round 3/4: no better held-out loss for 2 rounds, the best is round 1" in caplog.messages
+    with pytest.raises(RunFailedError, match="Run 17 has ended"):
+        start(two(tiny_base), tiny_base, resume=True)
+
+
+def test_sites_are_drawn_and_the_first_replies_close_the_round(tiny_base: Path) -> None:
+    sites = {f"site-{n}": FakeSite(tiny_base, step=0.1) for n in range(6)}
+    directory = start(sites, tiny_base, sites_per_round=2, over_sampling=1.5, rounds=3)
+    drawn = []
+    for record in read_rounds(directory)[1:]:
+        asked = {name: site["train"] for name, site in record["sites"].items() if site["train"]}
+        assert len(asked) == 3
+        assert sorted(entry["state"] for entry in asked.values()) == [
+            "completed",
+            "completed",
+            "late",
+        ]
+        assert record["aggregate"]["participation"] == pytest.approx(2 / 3)
+        # Not being drawn is no failure, and everyone evaluates.
+        assert all(site["evaluate"]["state"] == "completed" for site in record["sites"].values())
+        drawn.append(frozenset(asked))
+    assert len(set(drawn)) > 1
+
+
+def test_a_site_that_comes_later_joins_the_run(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = {**two(tiny_base), "site-c": FakeSite(tiny_base, step=0.2, mean=50.0)}
+    with caplog.at_level(logging.INFO, "flwr"):
+        directory = start(sites, tiny_base, rounds=3, first_online=("site-a", "site-b"))
+    records = read_rounds(directory)
+    assert [len(record["sites"]) for record in records] == [2, 2, 3, 3]
+    joined = records[2]["sites"]["site-c"]["train"]
+    assert (joined["state"], joined["form"]) == ("completed", "delta")
+    assert "round 2/3: site-c joined" in caplog.messages
+    # The statistics of the run stay those it began with.
+    assert sites["site-c"].statistics == sites["site-a"].statistics
+    assert sorted(read_config(directory)["sites"]) == ["site-a", "site-b", "site-c"]
+
+
+def test_a_round_waits_for_its_quorum_and_fails_without_it(tiny_base: Path, tmp_path: Path) -> None:
+    sites = two(tiny_base)
+    sites["site-b"].override = {4: error}
+    with pytest.raises(RunFailedError, match="1 of 2 rounds"):
+        start(sites, tiny_base, quorum=2)
+    _, one, two_ = read_rounds(tmp_path / "runs" / "17")
+    assert one["committed"]
+    assert two_["reason"] == "1 valid updates where the quorum is 2: the last model stays"
+    assert (two_["model"], two_["aggregate"]["participation"]) == (one["model"], 0.5)
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_name(tiny_base: Path, tmp_path: Path) -> None:
+    sites = two(tiny_base)
+    for site in sites.values():
+        site.override = {4: error, 5: error, 6: error}
+    with pytest.raises(RunFailedError, match="1 of 3 rounds"):
+        start(sites, tiny_base, rounds=3, round_timeout=2.0)
+    # The run ended; a run without an end, as a kill leaves it, is resumed.
+    directory = tmp_path / "runs" / "17"
+    config = json.loads((directory / "config.json").read_text())
+    config["ended"] = None
+    (directory / "config.json").write_text(json.dumps(config))
+    lines = (directory / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (directory / "rounds.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(ConfigError, match=r"batch-size=4 beside resume=true, and run 17 was"):
+        start(two(tiny_base), tiny_base, resume=True, batch_size=4)
+    config["config"]["model"] = str(copy_of(tiny_base, tmp_path / "changed"))
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is not the one that run 17 began"):
+        start(two(tiny_base), tiny_base, resume=True)
+    config["config"]["model"] = str(tiny_base)
+    (directory / "config.json").write_text(json.dumps(config))
+    start(two(tiny_base), tiny_base, resume=True)
+    again = read_config(directory)
+    assert (again["run"], again["ended"]["reason"]) == ("17", "completed")
+    assert again["runs"] == ["17", "18"]
+    assert [record["round"] for record in read_rounds(directory)] == [0, 1, 2, 3]
+
+
+def copy_of(base: Path, target: Path) -> Path:
+    """The same model with one trainable value changed."""
+    shutil.copytree(base.parent, target)
+    path = target / base.name / "model.safetensors"
+    tensors = dict(tensorfile.read(path, trainable_names(base)))
+    first = next(iter(tensors))
+    tensors[first] = tensors[first] + np.float32(1)
+    tensorfile.write(path.with_suffix(".new"), tensors, base=path)
+    path.with_suffix(".new").rename(path)
+    return path.parent
