@@ -35,14 +35,15 @@ from app.requests import ask
 from app.requests import number as shown
 from app.rounds import Phase, Round, Site, State, bounded, one_line, select, wait_for_sites
 from app.schedule import Past
+from app.series import EARLY_STOPPING
 from certs.errors import ConfigError, FleetError, RunFailedError
 from certs.flower import set_chunk_size
 
 _log = logging.getLogger("flwr")
 app = ServerApp()
 
-# How a run ends that did not fail.
-COMPLETED, EARLY = "completed", "early stopping"
+# How a run ends that took all its rounds.
+COMPLETED = "completed"
 
 
 class _OneSentence(logging.Filter):
@@ -62,7 +63,10 @@ def main(grid: Grid, context: Context) -> None:
     _log.addFilter(_OneSentence())
     # Flower has a handler of its own; a library that sets one at the root would double each line.
     _log.propagate = False
-    Run(grid, str(context.run_id), RunConfig.parse(context.run_config)).execute()
+    config = RunConfig.parse(context.run_config)
+    if config.push_to and not hub.is_repository(config.push_to):
+        raise ConfigError(f"The run config sets push-to={config.push_to!r}: it takes 'owner/name'.")
+    Run(grid, str(context.run_id), config).execute()
 
 
 class Run:
@@ -90,7 +94,7 @@ class Run:
         self._config = config
         self._records = read_rounds(directory)
         ended = (self._about["ended"] or {}).get("reason")
-        if ended and (len(self._records) > config.rounds or ended == EARLY):
+        if ended and (len(self._records) > config.rounds or ended == EARLY_STOPPING):
             raise RunFailedError(
                 f"Run {name} has ended ({ended}): start a new run, without resume."
             )
@@ -186,18 +190,18 @@ class Run:
         config, ended = self._config, COMPLETED
         while len(self._records) <= config.rounds:
             if schedule.stop(config, self._history()):
-                ended = EARLY
+                ended = EARLY_STOPPING
                 break
             self._round(len(self._records))
         number = len(self._records) - 1
-        if ended == EARLY:
+        if ended == EARLY_STOPPING:
             _log.info(
                 "round %d/%d: no better held-out loss for %d rounds, the best is round %s",
                 *(number, config.rounds, config.patience, self._records[-1]["best"]),
             )
         if config.push_to:
             best = self._checkpoints / BEST
-            self._push(best if best.exists() else self._checkpoints / LATEST, number)
+            self._push(best if best.exists() else self._checkpoints / LATEST)
         return ended
 
     def _round(self, number: int) -> None:
@@ -356,7 +360,7 @@ class Run:
         self._journal.append(line)
         self._tell_loss(line)
         if checkpoint and config.push_every and number and number % config.push_every == 0:
-            self._push(checkpoint, number)
+            self._push(checkpoint)
 
     def _history(self) -> list[Past]:
         return [past(record) for record in self._records]
@@ -371,9 +375,10 @@ class Run:
             except Exception as error:  # noqa: BLE001 - the model and the records are safe already
                 _log.warning("%s: %s", write.__name__, one_line(error))
 
-    def _push(self, checkpoint: Path, number: int) -> None:
+    def _push(self, checkpoint: Path) -> None:
         """Publish a checkpoint; a push that fails is said, and the run goes on."""
         config, run = self._config, self._about["run"]
+        number = read_federation(checkpoint)["round"]
 
         def push() -> str:
             return hub.push(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -137,3 +138,10 @@ def test_models_are_kept_where_the_environment_says(
     monkeypatch.delenv("VLAFLEET_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert models_directory() == tmp_path / ".cache" / "vlafleet" / "models"
+
+
+def test_the_page_lists_every_key_with_its_default() -> None:
+    page = (PYPROJECT.parent / "docs" / "run-config.md").read_text()
+    listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| `([^`]*)` \| .+ \|$", page, re.MULTILINE))
+    expected = {key: tomllib.loads(f"x = {value}")["x"] for key, value in listed.items()}
+    assert expected == RunConfig().as_dict()

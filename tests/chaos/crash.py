@@ -5,7 +5,6 @@ Its sites keep their state on disk as real ones do (``app.site_state``) and answ
 SuperLink: between two of them a crash leaves the same behind.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from app.site_state import Kept, SiteState
 from certs.errors import RunFailedError
 
 SITES = ("site-a", "site-b", "site-c")
+NOWHERE = (-1, 0)
 # Three rounds: one to begin with, one that fails at every site, one that goes on from there.
 ROUNDS, FAILS = 3, 2
 CONFIG: dict[str, Any] = {
@@ -48,22 +48,21 @@ CONFIG: dict[str, Any] = {
 
 @dataclass
 class Steps:
-    """Counts steps and ends the process at the n-th, as a power cut would."""
+    """Counts the steps of each phase and ends the process at one of them, as a power cut would."""
 
-    last: int
-    done: int = 0
+    # The phase, by its number in the run, and the step within it; (-1, 0) kills nowhere.
+    last: tuple[int, int]
     phase: str = "start"
-    # The phase of each step.
-    phases: list[str] = field(default_factory=list)
+    # The steps taken in each phase so far.
+    done: list[int] = field(default_factory=lambda: [0])
     # The sites live in this process and are not the ones that die.
     paused: bool = False
 
     def step(self) -> None:
         if self.paused:
             return
-        self.done += 1
-        self.phases.append(self.phase)
-        if self.done == self.last:
+        self.done[-1] += 1
+        if (len(self.done) - 1, self.done[-1]) == self.last:
             os.write(1, f"killed in {self.phase}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -90,6 +89,7 @@ class Steps:
 
         def entered(state: Round, phase: Any) -> None:
             self.phase = phase.value
+            self.done.append(0)
             enter(state, phase)
 
         setattr(Round, "enter", entered)  # noqa: B010 - a plain assignment has another type
@@ -189,8 +189,8 @@ class Grid:
         return [self.replies[key] for key in message_ids if self.late.random() < 0.5]
 
 
-def run(base: Path, number: int, *, kill: int, resume: bool) -> list[str]:
-    """One ServerApp process; the phase of each step it took."""
+def run(base: Path, number: int, *, kill: tuple[int, int], resume: bool) -> list[int]:
+    """One ServerApp process; how many steps it took in each of its phases."""
     steps = Steps(kill)
     sites = {n: Site(name, base) for n, name in enumerate(SITES, start=1)}
     config = {**RunConfig().as_dict(), "model": str(base)}
@@ -203,17 +203,17 @@ def run(base: Path, number: int, *, kill: int, resume: bool) -> list[str]:
         # One round of the three fails, whatever happens beside.
         if "2 of 3 rounds were committed" not in str(error):
             raise
-    return steps.phases
+    return steps.done
 
 
-def in_child(call: Callable[[], list[str]]) -> tuple[int, str]:
+def in_child(call: Callable[[], list[int]]) -> tuple[int, str]:
     """The exit status of ``call`` in a forked process, and what it wrote."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(write, 1)
         try:
-            os.write(1, (" ".join(call()) + "\n").encode())
+            os.write(1, (" ".join(map(str, call())) + "\n").encode())
         except BaseException:
             logging.exception("the ServerApp failed")
             os._exit(1)
@@ -245,7 +245,7 @@ def outcome() -> dict[str, Any]:
 
 
 def main(base: Path, work: Path, stride: int) -> None:
-    """Print the uninterrupted outcome, then for every ``stride``-th step the outcome after a kill there."""
+    """Print the uninterrupted outcome, then that of runs killed at every ``stride``-th step of each phase."""
     for name in ("_task_id", "_run_id", "_node_id"):
         setattr(TaskIdentity, name, 1)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -257,25 +257,21 @@ def main(base: Path, work: Path, stride: int) -> None:
         os.environ["VLAFLEET_HOME"] = str(work / name / "home")
 
     fresh("whole")
-    status, said = in_child(partial(run, base, 1, kill=0, resume=False))
+    status, said = in_child(partial(run, base, 1, kill=NOWHERE, resume=False))
     assert status == 0, said
-    phases = said.split()
-    print(json.dumps({"kill": None, "steps": len(phases), "outcome": outcome()}), flush=True)
-    # Every stride-th step, and the first of each phase of each round.
-    entered = {
-        n for n, pair in enumerate(itertools.pairwise(phases), start=2) if pair[0] != pair[1]
-    }
-    for kill in sorted(entered | set(range(1, len(phases), stride))):
-        fresh(f"kill-{kill}")
+    steps = [int(count) for count in said.split()]
+    print(json.dumps({"kill": None, "steps": steps, "outcome": outcome()}), flush=True)
+    for kill in [(n, k) for n, count in enumerate(steps) for k in range(1, count + 1, stride)]:
+        fresh("kill-{}-{}".format(*kill))
         status, said = in_child(partial(run, base, 1, kill=kill, resume=False))
-        # Replies come in no order: a run may be done a few steps earlier than the first one was.
+        # Replies come in no order: a phase may take a few steps fewer than in the first run.
         killed = said.strip() if os.WIFSIGNALED(status) else None
         if killed:
             # The kill may have hit before the run had a record to resume.
             started = (runs_root() / "latest").is_symlink() and (
                 runs_root() / "latest" / "config.json"
             ).exists()
-            status, said = in_child(partial(run, base, 2, kill=0, resume=started))
+            status, said = in_child(partial(run, base, 2, kill=NOWHERE, resume=started))
         assert status == 0, (kill, killed, said)
         print(json.dumps({"kill": kill, "killed": killed, "outcome": outcome()}), flush=True)
 
