@@ -34,7 +34,7 @@ RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
 # A number of its own, so that a file mode means the same on the host; the directories exist with that owner, so that
 # named volumes mounted there belong to it.
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin vlafleet \
-    && install -d -o vlafleet -g vlafleet -m 0700 /identity /runs /fetched
+    && install -d -o vlafleet -g vlafleet -m 0700 /identity /runs /fetched /var/lib/vlafleet/sites
 
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
