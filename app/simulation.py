@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 
+from app.config import home
 from certs.errors import ConfigError
 
 
@@ -29,3 +31,12 @@ def site_of(
     sharing = len(range(first, sites, len(datasets)))
     mark = "&" if "#" in datasets[first] else "#"
     return f"site-{number:04d}", f"{datasets[first]}{mark}part={turn}/{sharing}"
+
+
+def forget(lineage: str) -> None:
+    """Remove what the simulated sites of this machine keep for a run that is complete.
+
+    Up to 2.8 GB a site (SmolVLA), and as many sites as the machine simulates.
+    """
+    for state in (home() / "sites").glob(f"site-*/{lineage}"):
+        shutil.rmtree(state, ignore_errors=True)

@@ -62,7 +62,9 @@ def simulate(
         raise RunFailedError(
             f"run {run_id} {status.sub_status}: {status.details or 'the log above says why'}"
         )
-    vlafleet("report", str(runs / str(run_id)))
+    run = runs / str(run_id)
+    # A resumed run keeps its directory.
+    vlafleet("report", str(run if run.is_dir() else runs / "latest"))
 
 
 def simulation_request(
@@ -90,7 +92,7 @@ def simulation_request(
             init_args_num_cpus=parallel,
             client_resources_num_cpus=1,
             init_args_num_gpus=gpus,
-            client_resources_num_gpus=_share(gpus, parallel),
+            client_resources_num_gpus=gpu_share(gpus, parallel),
             # A site's failure comes back to the ServerApp, which says it once.
             init_args_log_to_driver=False,
         )
@@ -110,7 +112,7 @@ def _absolute(uri: str) -> str:
     return f"{location}{mark}{fragment}"
 
 
-def _share(gpus: int, parallel: int) -> float:
+def gpu_share(gpus: int, parallel: int) -> float:
     """Return how much of a GPU each ClientApp takes so that ``parallel`` fit: a fraction, or whole GPUs."""
     return gpus // parallel if gpus >= parallel else gpus * _SHARES // parallel / _SHARES
 
