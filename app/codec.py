@@ -25,7 +25,7 @@ CODECS = ("fp32", "bf16", "int8", "int4")
 # Little-endian on every machine: the bytes mean the same at both ends.
 _F4 = np.dtype("<f4")
 _U2 = np.dtype("<u2")
-# Array that share an int4 scale: scales add 1/64 byte a value, and an outlier coarsens 127 others.
+# Values that share an int4 scale: scales add 1/64 byte a value, and an outlier coarsens 127 others.
 _GROUP = 128
 # The largest quantised values; their negatives are the smallest.
 _INT8, _INT4 = 127, 7
