@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from certs.cli import IdentityOption, SuperLinkOption
-from certs.errors import RunFailedError
 from certs.identity import Identity
 from certs.roles import Role
 
@@ -94,12 +93,7 @@ def run(
             control.stop(run_id)
             typer.echo(f"run {run_id} stopped")
             raise
-        status = control.status(run_id)
-        if status.sub_status != "completed":
-            raise RunFailedError(
-                f"run {run_id} {status.sub_status or status.status}: "
-                f"{status.details or 'the log above says why'}"
-            )
+        control.require_completed(run_id, "the log above says more")
         typer.echo(f"run {run_id} completed")
 
 

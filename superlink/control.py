@@ -148,6 +148,15 @@ class Control:
         status = response.run_dict[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
 
+    def require_completed(self, run_id: int, where: str) -> None:
+        """Raise ``RunFailedError`` unless the run ended well; ``where`` says what to read about it."""
+        status = self.status(run_id)
+        if status.sub_status != "completed":
+            raise RunFailedError(
+                f"run {run_id} {status.sub_status or status.status}: "
+                f"{status.details or 'no reason given'}; {where}"
+            )
+
     def follow(self, run_id: int) -> Iterator[str]:
         """Yield the run's log as it grows, until the run ends."""
         from flwr.proto.control_pb2 import StreamLogsRequest

@@ -169,13 +169,13 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
             with contextlib.suppress(FleetError):
                 control.stop(run_id)
             raise
-        status = control.status(run_id)
-    if status.sub_status != "completed":
-        raise RunFailedError(
-            f"run {run_id} {status.sub_status}: {status.details or 'no reason given'}; "
-            f"logs: {directory / 'logs'}"
-        )
-    vlafleet("report", str(runs / str(run_id)))
+        control.require_completed(run_id, f"logs: {processes.logs}")
+    report_latest(runs)
+
+
+def report_latest(runs: Path) -> None:
+    """Print the table of the run that was written last: a resumed run keeps its directory."""
+    vlafleet("report", str(runs / (runs / "latest").readlink()))
 
 
 def _follow(control: Control, processes: Processes, run_id: int) -> None:
