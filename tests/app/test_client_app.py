@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,11 +16,13 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import client_app, payload, rounds, server_app, statistics, tensorfile
-from app.config import RunConfig
+from app.broadcast import wanted
+from app.config import RunConfig, home
 from app.description import Description
 from app.exchange import Exchange
 from app.journal import read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
+from app.site_state import SiteState
 from certs.errors import DatasetError
 
 
@@ -67,13 +70,13 @@ def described(dataset: Path, run: RunConfig) -> Description:
 
 
 def request(
-    base: Path, site: Description, run: RunConfig, number: int = 1, **manifest: Any
+    tiny: Path, site: Description, run: RunConfig, number: int = 1, **manifest: Any
 ) -> RecordDict:
     """The base model, whole, with what the ServerApp says beside it."""
-    tensors = trainable(base)
+    tensors = trainable(tiny)
     whole = {
         "codec": "fp32", "base": None, "target": payload.canonical_hash(tensors),
-        "frozen": frozen_hash(base),
+        "frozen": frozen_hash(tiny),
     }  # fmt: skip
     content = payload.to_records(
         payload.pack(sorted(tensors.items()), kind="model", **{**whole, **manifest})
@@ -281,3 +284,98 @@ def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
     assert max(losses[1:]) < 0.9 * losses[0]
     assert [record["model"] for record in first] == [record["model"] for record in second]
     assert losses == [record["aggregate"]["loss"] for record in second]
+
+
+def state_of(site: str, lineage: str = "17") -> SiteState:
+    return SiteState(home() / "sites" / site, lineage)
+
+
+def test_a_site_keeps_moments_and_what_the_codec_left_out(
+    tiny_base: Path, tiny_dataset: Path
+) -> None:
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), run)
+    reply = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
+    kept = state_of("site-a").before(2)
+    assert kept
+    assert kept.optimizer
+    assert kept.optimizer.step == run.local_steps
+    assert kept.residual
+    update = payload.from_records(reply.content, kind="update")
+    left_out = sum(float(np.abs(kept.residual[name]).sum()) for name in kept.residual)
+    sent = sum(float(np.abs(array).sum()) for _, array in update.items())
+    assert 0 < left_out < 0.05 * sent
+    # Redone after a crash of the server, the round is the same to the bit.
+    again = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
+    assert payload.from_records(again.content, kind="update").sha256 == update.sha256
+    forgetful = config(tiny_base, reset_optimizer=True, codec="fp32")
+    content = request(tiny_base, described(tiny_dataset, forgetful), forgetful)
+    assert not ask(MessageType.TRAIN, context(tiny_dataset, forgetful), content).has_error()
+    kept = state_of("site-a").before(2)
+    assert kept
+    assert (kept.optimizer, kept.residual) == (None, None)
+
+
+def test_the_proximal_term_is_measured_and_pulls(tiny_base: Path, tiny_dataset: Path) -> None:
+    run = config(tiny_base, codec="fp32", learning_rate=1e-2, warmup_steps=0)
+    norms = []
+    for mu in (0.0, 100.0):
+        content = request(tiny_base, described(tiny_dataset, run), run)
+        content.config_records["request"]["mu"] = mu
+        reply = ask(MessageType.TRAIN, context(tiny_dataset, run, site=f"site-{mu:.0f}"), content)
+        metrics: dict[str, Any] = dict(reply.content.metric_records["metrics"])
+        assert ("proximal_loss" in metrics) == bool(mu)
+        update = payload.from_records(reply.content, kind="update")
+        norms.append(sum(float(np.square(array).sum()) for _, array in update.items()))
+    assert metrics["proximal_loss"] > 0
+    assert norms[1] < norms[0]
+
+
+def test_a_site_that_cannot_build_the_model_asks_for_the_whole_one(
+    tiny_base: Path, tiny_dataset: Path
+) -> None:
+    run = config(tiny_base)
+    site = described(tiny_dataset, run)
+    own = payload.canonical_hash(trainable(tiny_base))
+    assert site.held == own
+    moved = {name: array + np.float32(0.5) for name, array in trainable(tiny_base).items()}
+    target = payload.canonical_hash(moved)
+    where = context(tiny_dataset, run)
+    # A change of a model it never had, and one that leads elsewhere than announced.
+    for base, announced in (("f" * 64, target), (own, "e" * 64)):
+        content = request(tiny_base, site, run, number=0, base=base, target=announced)
+        reply = ask(MessageType.EVALUATE, where, content)
+        assert wanted(reply.content)
+        assert state_of("site-a").held() is None
+    # A change of the base that it has: applied, and held from then on.
+    half = {name: np.full_like(array, 0.5) for name, array in moved.items()}
+    content = payload.to_records(
+        payload.pack(
+            sorted(half.items()), kind="model", codec="int8", base=own, target=target,
+            frozen=frozen_hash(tiny_base),
+        )
+    )  # fmt: skip
+    pooled = statistics.to_bytes(site.moments).decode()
+    content["request"] = terms(run, round=0, statistics=pooled)
+    assert not ask(MessageType.EVALUATE, where, content).has_error()
+    assert state_of("site-a").held() == target
+    assert described(tiny_dataset, run).held == target
+
+
+def test_training_ends_itself_at_the_deadline(tiny_base: Path, tiny_dataset: Path) -> None:
+    run = config(tiny_base, round_timeout=1e-6)
+    content = request(tiny_base, described(tiny_dataset, run), run)
+    assert "deadline" in refusal(ask(MessageType.TRAIN, context(tiny_dataset, run), content))
+
+
+def test_a_dataset_that_would_spoil_training_is_refused_when_asked(
+    tiny_base: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_dataset, broken)
+    (broken / "meta" / "stats.json").unlink()
+    video = next(broken.glob("videos/*top*/*/*.mp4"))
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    reason = refusal(ask(MessageType.QUERY, context(broken, config(tiny_base))))
+    assert "stats.json" in reason
+    assert "more: 'vlafleet data check')" in reason

@@ -28,7 +28,7 @@ from app.description import Description
 from app.exchange import Exchange
 from app.journal import read_config, read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
-from certs.errors import ConfigError, FleetError, RunFailedError
+from certs.errors import ConfigError, FleetError, ModelError, RunFailedError, StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -599,3 +599,75 @@ def copy_of(base: Path, target: Path) -> Path:
     tensorfile.write(path.with_suffix(".new"), tensors, base=path)
     path.with_suffix(".new").rename(path)
     return path.parent
+
+
+def test_rounds_are_pushed_and_the_best_one_at_the_end(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a push does is tested against a hub in test_hub; one that fails never fails the run."""
+    pushed: list[tuple[str, str, bool, str]] = []
+
+    def push(checkpoint: Path, repository: str, *, private: bool, card: Path, message: str) -> str:
+        assert card.read_text().startswith("---")
+        pushed.append((checkpoint.name, repository, private, message))
+        if len(pushed) == 1:
+            raise ModelError("The hub is not there.")
+        return "https://hub/lab/policy"
+
+    monkeypatch.setattr("app.hub.push", push)
+    with caplog.at_level(logging.INFO, "flwr"):
+        directory = start(two(tiny_base), tiny_base, rounds=5, push_to="lab/policy", push_every=2)
+    run = directory.name
+    assert pushed == [
+        ("round-0002", "lab/policy", True, f"Round 2 of run {run}"),
+        ("round-0004", "lab/policy", True, f"Round 4 of run {run}"),
+        ("round-0005", "lab/policy", True, f"Round 5 of run {run}"),
+    ]
+    assert "round 2: not pushed: The hub is not there." in caplog.messages
+    assert "round 4/5: pushed to https://hub/lab/policy" in caplog.messages
+    assert read_config(directory)["ended"]["reason"] == "completed"
+    with pytest.raises(ConfigError, match="push-to='policy': it takes 'owner/name'"):
+        start(two(tiny_base), tiny_base, push_to="policy")
+
+
+def test_a_dataset_at_the_server_is_evaluated_beside_the_sites(
+    tiny_base: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    uris = f"{tiny_dataset} {tmp_path / 'none'}"
+    directory = start(
+        two(tiny_base), tiny_base, rounds=1, round_timeout=300.0, eval_batches=1, eval_datasets=uris
+    )
+    zero, one = (record["server"] for record in read_rounds(directory))
+    for found in (zero, one):
+        assert list(found) == uris.split()
+        assert found[str(tiny_dataset)]["reason"] is None
+        assert found[str(tmp_path / "none")]["loss"] is None
+        assert "does not exist" in found[str(tmp_path / "none")]["reason"]
+    assert zero[str(tiny_dataset)]["loss"] != one[str(tiny_dataset)]["loss"]
+
+
+def test_a_run_leaves_its_report_and_its_card(tiny_base: Path) -> None:
+    directory = start(two(tiny_base), tiny_base)
+    assert "data:image/svg+xml" in (directory / "report.html").read_text()
+    assert "library_name: lerobot" in (directory / "model_card.md").read_text()
+
+
+def test_a_full_disk_at_the_server_is_no_fault_of_a_site(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(payload.Payload, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        start(two(tiny_base), tiny_base)
+    directory = tmp_path / "runs" / "17"
+    assert "No space left" in read_config(directory)["ended"]["reason"]
+    assert len(read_rounds(directory)) == 1
+    # With room on the disk the run goes on.
+    monkeypatch.undo()
+    monkeypatch.setenv("VLAFLEET_RUNS", str(tmp_path / "runs"))
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    start(two(tiny_base), tiny_base, resume=True)
+    assert [record["committed"] for record in read_rounds(directory)] == [True, True, True]
