@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from certs.errors import ConfigError, FleetError, RunFailedError, ToolError
+from certs.errors import ConfigError, FleetError, ToolError
 from certs.identity import Identity, ensure_federation, identity_directory
 from certs.parent import adopt_orphans, end_children
 from certs.roles import SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
-from superlink.demo import Processes, of_the_run, vlafleet, wait_for_superlink
+from superlink.demo import Processes, of_the_run, report_latest, wait_for_superlink
 
 if TYPE_CHECKING:
     from flwr.proto.control_pb2 import StartRunRequest
@@ -57,14 +57,8 @@ def simulate(
             with contextlib.suppress(FleetError):
                 control.stop(run_id)
             raise
-        status = control.status(run_id)
-    if status.sub_status != "completed":
-        raise RunFailedError(
-            f"run {run_id} {status.sub_status}: {status.details or 'the log above says why'}"
-        )
-    run = runs / str(run_id)
-    # A resumed run keeps its directory.
-    vlafleet("report", str(run if run.is_dir() else runs / "latest"))
+        control.require_completed(run_id, "the log above says why")
+    report_latest(runs)
 
 
 def simulation_request(
