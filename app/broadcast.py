@@ -71,7 +71,7 @@ class Broadcast:
 
 def wanted(reply: RecordDict) -> bool:
     """Whether a site asks for the whole model in place of an answer."""
-    return _WANT in reply.config_records
+    return _WANT in reply
 
 
 def want_full() -> RecordDict:

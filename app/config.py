@@ -46,6 +46,11 @@ _DAY_S = 86_400
 # Steps of a run that would take years.
 _STEPS = 1_000_000
 _SITES = 10_000
+# FedAdam moves every value by about its rate, whatever the size of the updates. Weights are of
+# order 0.01 to 0.1; Reddi et al. (2021) tune between 0.001 and 0.1.
+_FEDADAM_RATE = 0.1
+# A majority of two does not exist.
+_ROBUST_QUORUM = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +208,18 @@ class RunConfig:
             raise ConfigError(
                 f"The run config sets quorum={config.quorum} above "
                 f"sites-per-round={config.sites_per_round}: no round could have its quorum."
+            )
+        if config.strategy == "fedadam" and config.server_learning_rate > _FEDADAM_RATE:
+            raise ConfigError(
+                f"The run config sets server-learning-rate={config.server_learning_rate:g} with "
+                f"strategy='fedadam', whose steps are of that size in every value: set "
+                f"server-learning-rate, at most {_FEDADAM_RATE:g}."
+            )
+        if config.robust != "none" and config.quorum < _ROBUST_QUORUM:
+            raise ConfigError(
+                f"The run config sets robust={config.robust!r} with quorum={config.quorum}: with "
+                f"fewer than {_ROBUST_QUORUM} updates none can be told from the others, set "
+                f"quorum={_ROBUST_QUORUM} or more."
             )
         if config.min_learning_rate > config.learning_rate:
             raise ConfigError(

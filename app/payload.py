@@ -250,19 +250,22 @@ def to_records(payload: Payload) -> RecordDict:
 
 def from_records(records: RecordDict, *, kind: Kind) -> Payload:
     """The payload in a Flower message; ``PayloadError`` when there is none, or a damaged one."""
+    # By key: what is read through Flower's typed views stays in memory until the next garbage
+    # collection, a whole update at a time.
+    content: Any = records
     try:
-        text = records.config_records[MANIFEST]["json"]
-        buffer = records.array_records[ARRAYS][FLAT].data
-    except KeyError as error:
+        text, buffer = content[MANIFEST]["json"], content[ARRAYS][FLAT].data
+    except (KeyError, TypeError, AttributeError) as error:
         raise PayloadError("missing", f"The message carries no payload (no {error}).") from error
     return parse(str(text), buffer, kind=kind)
 
 
 def wire_bytes(records: RecordDict) -> int:
     """Bytes of tensors in a Flower message; 0 without a payload."""
-    return sum(
-        len(array.data) for record in records.array_records.values() for array in record.values()
-    )
+    from flwr.app import ArrayRecord
+
+    arrays = [record for record in records.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in arrays for array in record.values())
 
 
 def _encode(name: str, array: Array, codec: str) -> bytes:

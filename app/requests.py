@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 
 from app import payload
 from app.broadcast import METRICS, Broadcast, wanted
@@ -146,7 +146,8 @@ def _numbers(value: object) -> list[float]:
 
 def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
     """The metrics in a site's reply, null where there is none; ``PayloadError`` on a wrong type."""
-    found = dict(reply.metric_records.get(METRICS, {}))
+    record = reply.get(METRICS)
+    found = dict(record) if isinstance(record, MetricRecord) else {}
     metrics = {name: found.get(name) for name in kinds}
     for name, value in metrics.items():
         sound = value is None or type(value) is kinds[name]

@@ -26,7 +26,7 @@ from certs.flower import (
 )
 from certs.identity import Identity
 from certs.parent import end_with_parent
-from certs.roles import Role
+from certs.roles import SUPERLINK_NAME, Role
 
 _log = logging.getLogger("vlafleet.superexec")
 
@@ -38,6 +38,10 @@ def serve(identity: Identity, address: str) -> None:
     """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT."""
     os.environ[_IDENTITY] = str(identity.directory.absolute())
     quiet()
+    if identity.peer.name == SUPERLINK_NAME:
+        # glibc hands large blocks back to the system only while this is fixed; it otherwise grows
+        # with the first update freed, and the ServerApp keeps holes of their size. Read at start.
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
     kinds = ("serverapp", "clientapp", "simulation")

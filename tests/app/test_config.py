@@ -90,7 +90,7 @@ def test_a_bad_value_is_named_with_its_key_and_range(
         ({"server-momentum": 0.5}, "only with fedavgm and fedadam"),
         ({"server-beta2": 0.5, "strategy": "fedavgm"}, "only with strategy=fedadam"),
         ({"server-tau": 0.5}, "only with fedadam"),
-        ({"trim": 0.1, "robust": "median"}, "only with trimmed-mean"),
+        ({"trim": 0.1, "robust": "median", "quorum": 3}, "only with trimmed-mean"),
         ({"push-every": 3}, "only with push-to"),
         ({"push-private": False}, "only with push-to"),
     ],
@@ -105,8 +105,14 @@ def test_the_same_settings_are_accepted_where_they_have_one() -> None:
         {"over-sampling": 1.5, "sites-per-round": 2},
         {"min-learning-rate": 1e-4, "cycle-rounds": 3, "schedule": "warm-restarts"},
         {"plateau-factor": 0.1, "plateau-rounds": 9, "schedule": "plateau"},
-        {"server-momentum": 0.5, "server-beta2": 0.5, "server-tau": 0.5, "strategy": "fedadam"},
-        {"trim": 0.1, "robust": "trimmed-mean"},
+        {
+            "server-momentum": 0.5,
+            "server-beta2": 0.5,
+            "server-tau": 0.5,
+            "strategy": "fedadam",
+            "server-learning-rate": 0.01,
+        },
+        {"trim": 0.1, "robust": "trimmed-mean", "quorum": 3},
         {"push-to": "lab/model", "push-every": 3, "push-private": False},
     ):
         parsed = RunConfig.parse(given).as_dict()
@@ -116,6 +122,14 @@ def test_the_same_settings_are_accepted_where_they_have_one() -> None:
 def test_the_soft_deadline_comes_before_the_hard_one() -> None:
     with pytest.raises(ConfigError, match="soft-deadline=70 above round-timeout=60"):
         RunConfig.parse({"soft-deadline": 70, "round-timeout": 60})
+
+
+def test_a_strategy_that_would_spoil_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="server-learning-rate=1 with strategy='fedadam'"):
+        RunConfig.parse({"strategy": "fedadam"})
+    for robust in ("median", "trimmed-mean"):
+        with pytest.raises(ConfigError, match=f"robust='{robust}' with quorum=2: .*set quorum=3"):
+            RunConfig.parse({"robust": robust, "quorum": 2})
 
 
 def test_the_quorum_is_not_above_the_sites_of_a_round() -> None:

@@ -473,21 +473,24 @@ def test_a_site_gets_the_model_as_it_needs_it(tiny_base: Path) -> None:
 
 def test_every_combination_of_codec_and_strategy_moves_the_model(tiny_base: Path) -> None:
     before = tensorfile.read(tiny_base / "model.safetensors", trainable_names(tiny_base))
-    for options in (
+    combinations: list[dict[str, Any]] = [
         {"codec": "bf16", "strategy": "fedavgm", "server_momentum": 0.5},
         {"codec": "int4", "strategy": "fedadam", "server_learning_rate": 0.1},
-        {"codec": "int8", "robust": "median"},
-        {"codec": "fp32", "robust": "trimmed-mean", "trim": 0.4},
-    ):
-        directory = start(two(tiny_base), tiny_base, **options)
+        {"codec": "int8", "robust": "median", "quorum": 3},
+        {"codec": "fp32", "robust": "trimmed-mean", "trim": 0.3, "quorum": 3},
+    ]
+    for options in combinations:
+        # The third site moves against the others, and far.
+        third = {"site-c": FakeSite(tiny_base, step=-9.0)} if "robust" in options else {}
+        directory = start({**two(tiny_base), **third}, tiny_base, **options)
         after = tensorfile.Lazy(
             directory / "checkpoints" / "latest" / "model.safetensors", list(before)
         )
         moved = {float(np.median(after[name] - before[name])) for name in before}
         # With an update of 0.35 a round FedAvgM takes 0.35, then 0.35 + 0.5 * 0.35; FedAdam
         # 0.1 * 0.035 / (0.035 + 0.001), then 0.1 * 0.0665 / (0.04937 + 0.001). A robust mean of
-        # two sites takes (0.5 - 0.1) / 2 a round.
-        expected = {"fedavgm": 0.875, "fedadam": 0.2292}.get(str(options.get("strategy")), 0.4)
+        # 0.5, -0.1 and -9 takes -0.1 a round.
+        expected = {"fedavgm": 0.875, "fedadam": 0.2292}.get(str(options.get("strategy")), -0.2)
         assert moved == pytest.approx([expected] * len(moved), rel=0.02), options
 
 
