@@ -32,6 +32,9 @@ _log = logging.getLogger("vlafleet.superexec")
 
 # Hands the identity from SuperExec to the task processes it starts.
 _IDENTITY = "VLAFLEET_IDENTITY"
+# glibc hands blocks of a megabyte and more back to the system while this is fixed. Left alone it grows with the first
+# update that is freed, and the ServerApp keeps holes of that size. Read when a process starts.
+SERVERAPP_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 def serve(identity: Identity, address: str) -> None:
@@ -39,9 +42,7 @@ def serve(identity: Identity, address: str) -> None:
     os.environ[_IDENTITY] = str(identity.directory.absolute())
     quiet()
     if identity.peer.name == SUPERLINK_NAME:
-        # glibc hands large blocks back to the system only while this is fixed; it otherwise grows
-        # with the first update freed, and the ServerApp keeps holes of their size. Read at start.
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+        os.environ.update(SERVERAPP_ENVIRONMENT)
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
     kinds = ("serverapp", "clientapp", "simulation")

@@ -23,6 +23,7 @@ import numpy as np
 from app.journal import read_rounds
 from app.payload import canonical_hash, pack
 from app.policy import frozen_hash
+from app.superexec import SERVERAPP_ENVIRONMENT
 from app.tensorfile import WEIGHTS, Lazy
 from app.tiny_base import ensure_tiny_base
 from benchmarks.shapes import SHAPES
@@ -112,7 +113,13 @@ def run(
     try:
         with superlink(place, updates, sites, held) as address:
             result: dict[str, float] = answer(
-                started("serverapp", address, json.dumps(settings), VLAFLEET_RUNS=str(runs))
+                started(
+                    "serverapp",
+                    address,
+                    json.dumps(settings),
+                    VLAFLEET_RUNS=str(runs),
+                    **SERVERAPP_ENVIRONMENT,
+                )
             )
         rounds = [record for record in read_rounds(runs / "1") if record["round"]]
         for record in rounds:
