@@ -11,6 +11,8 @@ type Results = list[dict[str, Any]]
 
 # How the models of sites trained alone are called, before the site.
 ALONE = "alone "
+# What names a difference of two models.
+LESS = " less fp32"
 
 
 def loss(results: Results) -> float:
@@ -34,7 +36,7 @@ def rows(results: Results, measure: Callable[[Results], float]) -> dict[str, flo
         found[model] = measure(of[model])
     for codec in ("int8", "int4"):
         if codec in found and "fp32" in found:
-            found[f"{codec} less fp32"] = found[codec] - found["fp32"]
+            found[codec + LESS] = found[codec] - found["fp32"]
     if alone:
         own = [line for model, site in alone.items() for line in of[model] if line["site"] == site]
         found["alone, mean"] = statistics.fmean(found[model] for model in alone)
@@ -57,7 +59,10 @@ def show(results: Results) -> None:
         print("|---|" + "---|" * (len(heads) + 1))
         for name in dict.fromkeys(name for found in seeds for name in found):
             values = [found[name] for found in seeds if name in found]
-            cells = [f"{found[name]:.4f}" if name in found else "" for found in seeds]
-            spread = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
-            print(f"| {name} | {' | '.join(cells)} | {statistics.fmean(values):.4f}{spread} |")
+            # Codecs differ in the fifth place.
+            digits = "+.5f" if LESS in name else ".3f"
+            cells = [f"{found[name]:{digits}}" if name in found else "" for found in seeds]
+            spread = f" ± {statistics.stdev(values):{digits.strip('+')}}" if values[1:] else ""
+            mean = f"{statistics.fmean(values):{digits}}"
+            print(f"| {name} | {' | '.join(cells)} | {mean}{spread} |")
         print()
