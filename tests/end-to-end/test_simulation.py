@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,10 +147,14 @@ def test_a_killed_simulation_leaves_nothing_running(
 ) -> None:
     process = simulate(home, tmp_path, "--dataset", dataset, "--sites", 4, "-c", TINY)
     until_it_trains(tmp_path)
+    # Killed outright, it cannot remove its directory; the SuperLink's command line names it.
+    directory = re.search(r"/tmp/vlafleet-[^/ ]+", " ".join(processes(tmp_path)))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     # The kernel ends the others; a ray worker that was just starting looks for its server for a minute.
     assert left_after(tmp_path, 120) == []
+    assert directory
+    shutil.rmtree(directory[0])
 
 
 def test_ctrl_c_ends_it(dataset: Path, home: Path, tmp_path: Path) -> None:
