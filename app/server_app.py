@@ -20,7 +20,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from app import hub, payload, schedule, server_evaluation, statistics
+from app import hub, payload, schedule, server_evaluation, simulation, statistics
 from app.aggregation import Updates
 from app.checkpoint import BEST, LATEST, newest, read_federation
 from app.config import RunConfig
@@ -114,6 +114,8 @@ class Run:
             self._take_up()
             ended = self._rounds()
             self._end(ended)
+            if config.simulation_dataset:
+                simulation.forget(self._about["run"])
             committed = sum(bool(record["committed"]) for record in self._records[1:])
             if committed < len(self._records) - 1:
                 raise RunFailedError(
