@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,12 +76,34 @@ def complete(
     }
 
 
-def past(record: Mapping[str, Any]) -> Past:
-    """What a round's record says to the schedule.
+def history(records: Sequence[Mapping[str, Any]]) -> list[Past]:
+    """What the records say to the schedule, one for each round.
 
-    A mean loss that leaves out a site that was asked does not compare with one that does not.
+    Means over different sites do not compare. So each loss is the mean over the sites that the
+    newest evaluation measured, weighted by its frames, and null in a round that lacks one of them:
+    a site that left does not end all comparison, and one that joined begins it anew.
     """
-    results = [(name, site["evaluate"]) for name, site in record["sites"].items()]
-    losses = {name: r["loss"] for name, r in results if r and r["loss"] is not None}
-    whole = losses and all(r is None or r["loss"] is not None for _, r in results)
-    return Past(record["aggregate"]["loss"] if whole else None, losses)
+    measured = [_measured(record) for record in records]
+    weights = {
+        name: frames
+        for name, (_, frames) in next((found for found in reversed(measured) if found), {}).items()
+    }
+    return [
+        Past(
+            mean_loss({"loss": found[name][0], "frames": weights[name]} for name in weights)
+            if weights.keys() <= found.keys()
+            else None,
+            {name: loss for name, (loss, _) in found.items()},
+        )
+        for found in measured
+    ]
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
+    """The held-out loss and frames of each site that has them."""
+    results = {name: site["evaluate"] or {} for name, site in record["sites"].items()}
+    return {
+        name: (result["loss"], result["frames"])
+        for name, result in results.items()
+        if result.get("loss") is not None and result.get("frames")
+    }

@@ -22,7 +22,8 @@ _MU_FALLS = 5
 
 @dataclass(frozen=True)
 class Past:
-    """What a recorded round measured: held-out loss over all sites (else None) and at each site.
+    """What a recorded round measured: held-out loss over the sites that compare (``app.record.history``;
+    else None) and at each site.
 
     A history holds one for each round; its index is the round's number, from 0.
     """

@@ -29,7 +29,7 @@ from app.journal import ROUNDS, Journal, read_config, read_rounds, runs_root, un
 from app.model import Model
 from app.model_card import write_model_card
 from app.participants import Participants
-from app.record import begin, complete, now, past
+from app.record import begin, complete, history, now
 from app.report import write_report
 from app.requests import ask
 from app.requests import number as shown
@@ -356,8 +356,8 @@ class Run:
         )
         self._records.append(line)
         line["best"] = schedule.best(self._history())
-        if line["best"] == number:
-            point(self._checkpoints / BEST, f"round-{number:04d}")
+        if line["best"] is not None:
+            point(self._checkpoints / BEST, f"round-{line['best']:04d}")
         # After the link: a round that is over is not looked at again.
         self._journal.append(line)
         self._tell_loss(line)
@@ -365,7 +365,7 @@ class Run:
             self._push(checkpoint)
 
     def _history(self) -> list[Past]:
-        return [past(record) for record in self._records]
+        return history(self._records)
 
     def _end(self, reason: str) -> None:
         """Record how the run ended and write its report; neither may hide the reason itself."""
@@ -404,13 +404,13 @@ class Run:
         number, loss = record["round"], record["aggregate"]["loss"]
         if loss is None:
             return
-        whole, base = past(record).loss, past(self._records[0]).loss
+        asked = [site["evaluate"] for site in record["sites"].values() if site["evaluate"]]
+        base = self._history()[0].loss
         change = ""
-        # Means over different sites do not compare.
-        if whole is None:
+        if any(entry["loss"] is None for entry in asked):
             change = ", not of all sites"
         elif number and base:
-            change = f", {100 * (whole / base - 1):+.1f} % against round 0"
+            change = f", {100 * (loss / base - 1):+.1f} % against round 0"
         _log.info(
             "round %d/%d: held-out loss %s%s", *(number, self._config.rounds, shown(loss), change)
         )
