@@ -267,11 +267,12 @@ def main(base: Path, work: Path, stride: int) -> None:
         # Replies come in no order: a phase may take a few steps fewer than in the first run.
         killed = said.strip() if os.WIFSIGNALED(status) else None
         if killed:
-            # The kill may have hit before the run had a record to resume.
-            started = (runs_root() / "latest").is_symlink() and (
-                runs_root() / "latest" / "config.json"
-            ).exists()
-            status, said = in_child(partial(run, base, 2, kill=NOWHERE, resume=started))
+            # The kill may have hit before the run had a record to resume, or when it was all over.
+            about = runs_root() / "latest" / "config.json"
+            started = about.exists()
+            status = 0
+            if not started or not read_config(about.parent)["ended"]:
+                status, said = in_child(partial(run, base, 2, kill=NOWHERE, resume=started))
         assert status == 0, (kill, killed, said)
         print(json.dumps({"kill": kill, "killed": killed, "outcome": outcome()}), flush=True)
 
