@@ -99,7 +99,11 @@ def test_frozen_tensors_never_cross_the_wire(finished: tuple[str, Path, int]) ->
     everything = sum(math.prod(shape) for shape in values.values())
     assert trainable < everything
     for site in record["sites"].values():
-        assert site["train"]["bytes_up"] == 4 * trainable
+        # A byte for each value, and scales, which weigh more in a tiny model's short rows.
+        assert trainable < site["train"]["bytes_up"] < 1.2 * trainable
+        # The round's model went out once, to be evaluated; the next round finds it at the site.
+        assert site["train"]["bytes_down"] == 0
+        assert site["evaluate"]["bytes_down"] == site["train"]["bytes_up"]
 
 
 def test_the_checkpoint_opens_and_predicts(finished: tuple[str, Path, int]) -> None:
