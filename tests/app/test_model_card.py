@@ -85,7 +85,7 @@ def test_it_says_what_it_was_trained_on(tmp_path: Path) -> None:
     one = rounds(2.0, 1.0, 0.5)
     for each in one[1:]:
         each["sites"]["site-b"]["train"] |= {"state": "offline", "reason": "gone"}
-    adam = {"strategy": "fedadam", "server-learning-rate": 0.01}
+    adam: dict[str, Any] = {"strategy": "fedadam", "server_learning_rate": 0.01}
     text = write_model_card(run(tmp_path, one, codec="bf16", **adam)).read_text()
     assert "- Sites: 2\n" in text
     assert "- Episodes: 16 trained on, 4 held out\n" in text
