@@ -7,14 +7,13 @@ to hold it asks for the whole model, once, within the same round.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
 from app import payload
+from app.manifest import Form
 from app.payload import Payload, Tensors
-
-type Form = Literal["held", "delta", "full"]
 
 # The records of a message beside its payload: what a site is told, the metrics it answers with, and
 # the wish for the whole model.

@@ -59,8 +59,8 @@ class Checkpoint:
         normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
     ) -> None:
         self._shapes = dict(shapes)
-        self._target = checkpoints / f"round-{number:04d}"
-        self._work = checkpoints / f".round-{number:04d}.tmp"
+        self._target = round_directory(checkpoints, number)
+        self._work = checkpoints / f".{self._target.name}.tmp"
         checkpoints.mkdir(parents=True, exist_ok=True)
         # Left by a process that died while it wrote.
         shutil.rmtree(self._work, ignore_errors=True)
@@ -123,6 +123,11 @@ class Checkpoint:
                 for name in (SERVER, UPDATE):
                     (other / name).unlink(missing_ok=True)
         return model
+
+
+def round_directory(checkpoints: Path, number: int) -> Path:
+    """Where a round's checkpoint lies."""
+    return checkpoints / f"round-{number:04d}"
 
 
 def newest(checkpoints: Path) -> Path | None:

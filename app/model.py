@@ -13,7 +13,7 @@ import numpy as np
 from app import payload, server_optimizer
 from app.aggregation import Updates
 from app.broadcast import Broadcast
-from app.checkpoint import SERVER, UPDATE, Checkpoint
+from app.checkpoint import SERVER, UPDATE, Checkpoint, round_directory
 from app.config import RunConfig, models_directory
 from app.payload import Payload, PayloadError
 from app.policy import frozen_hash, resolve_model, trainable_names
@@ -26,10 +26,7 @@ _RESIDUAL = "residual"
 
 
 class Model:
-    """Trainable tensors on disk, one of which is in memory at a time.
-
-    ``hash`` and ``broadcast`` are there from the first :meth:`commit` or :meth:`take_up` on.
-    """
+    """Trainable tensors on disk, one of which is in memory at a time; at first the base's."""
 
     def __init__(self, config: RunConfig, checkpoints: Path) -> None:
         self._config, self._checkpoints = config, checkpoints
@@ -115,7 +112,7 @@ class Model:
                 )
 
             model = checkpoint.finish(federation, update if updates else None)
-        path = self._checkpoints / f"round-{number:04d}"
+        path = round_directory(self._checkpoints, number)
         self.take_up(path, model)
         return path
 

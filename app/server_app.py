@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from app import hub, payload, schedule, server_evaluation, simulation, statistics
 from app.aggregation import Updates
-from app.checkpoint import BEST, LATEST, newest, read_federation
+from app.checkpoint import BEST, LATEST, newest, read_federation, round_directory
 from app.config import RunConfig
 from app.durable import point
 from app.journal import ROUNDS, Journal, read_config, read_rounds, runs_root, unfinished
@@ -357,7 +357,8 @@ class Run:
         self._records.append(line)
         line["best"] = schedule.best(self._history())
         if line["best"] is not None:
-            point(self._checkpoints / BEST, f"round-{line['best']:04d}")
+            best = round_directory(self._checkpoints, line["best"])
+            point(self._checkpoints / BEST, best.name)
         # After the link: a round that is over is not looked at again.
         self._journal.append(line)
         self._tell_loss(line)
