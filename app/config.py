@@ -97,8 +97,24 @@ class RunConfig:
     proximal_mu: float = _setting(0.0, 0.0, 1000.0)
     # Forget AdamW's moments between rounds; kept, they lie on the site's own disk.
     reset_optimizer: bool = _setting(False)
-    # CPU threads torch may use in each ClientApp.
+    # What is trained and crosses the wire: the whole action expert, or low-rank adapters of it.
+    exchange: str = _setting("expert", choices=("expert", "lora"))
+    # lerobot's default is 16; the expert is 720 wide, a rank beyond a third of it saves nothing.
+    lora_rank: int = _setting(
+        16, 1, 256, used=lambda c: c.exchange == "lora", when="with exchange=lora"
+    )
+    # CPU threads torch may use at each site.
     threads: int = _setting(1, 1, 1024)
+    # Frames that are in the device's memory at a time; 0 takes the batch at once.
+    micro_batch: int = _setting(0, 0, 4096)
+    # Where a site keeps what the frozen VLM makes of its frames (app/prefix_cache.py).
+    prefix_cache: str = _setting(
+        "auto", choices=("auto", "gpu", "memory", "disk", "embeddings", "none")
+    )
+    # lerobot's image transforms on training frames; the frozen VLM then runs in every step.
+    image_augmentation: bool = _setting(False)
+    # torch.compile the step: minutes at the start, repaid by long runs on a GPU.
+    compile: bool = _setting(False)
 
     # --- learning rate, over the whole run and not per round (app/schedule.py) ----------------
     learning_rate: float = _setting(1e-3, 0.0, 1.0, above=True)
