@@ -69,13 +69,16 @@ def trainable_names(base: Path) -> list[str]:
     return sorted(name for name in found if not name.startswith(_FROZEN_PREFIX))
 
 
-def frozen_hash(base: Path) -> str:
-    """sha256 over the frozen tensors (name, dtype, shape, bytes): sites that differ here train different models."""
+def frozen_hash(base: Path, *, expert: bool = False) -> str:
+    """sha256 over the frozen tensors (name, dtype, shape, bytes): sites that differ here train different models.
+
+    ``expert``: over those of the action expert too, which are as frozen where only adapters of them are trained.
+    """
     path = base / WEIGHTS
     found, _ = tensorfile.entries(path)
     digest = hashlib.sha256()
     for name in sorted(found):
-        if name.startswith(_FROZEN_PREFIX):
+        if expert or name.startswith(_FROZEN_PREFIX):
             entry = found[name]
             digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
             for block in tensorfile.blocks(path, entry):
