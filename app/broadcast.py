@@ -12,14 +12,9 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 
 from app import payload
+from app.job import REQUEST, WANT
 from app.manifest import Form
 from app.payload import Payload, Tensors
-
-# The records of a message beside its payload: what a site is told, the metrics it answers with, and
-# the wish for the whole model.
-REQUEST = "request"
-METRICS = "metrics"
-_WANT = "want"
 
 
 class Broadcast:
@@ -70,9 +65,4 @@ class Broadcast:
 
 def wanted(reply: RecordDict) -> bool:
     """Whether a site asks for the whole model in place of an answer."""
-    return _WANT in reply
-
-
-def want_full() -> RecordDict:
-    """The reply of a site that cannot build the round's model from what it holds."""
-    return RecordDict({_WANT: ConfigRecord({"form": "full"})})
+    return WANT in reply

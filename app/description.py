@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.job import Record
 from app.statistics import Moments, from_bytes, to_bytes
 from certs.errors import DatasetError
 
@@ -81,20 +82,21 @@ class Description:
             "tasks": list(self.tasks),
         }
 
+    def record(self) -> Record:
+        """The record of a reply that carries it, under the name ``RECORD``."""
+        return {
+            "site": self.site,
+            **self.summary(),
+            "moments": to_bytes(self.moments).decode(),
+            "held": self.held,
+            "chunk_bytes": self.chunk_bytes,
+        }
+
     def to_records(self) -> RecordDict:
         """The Flower records that carry it."""
         from flwr.app import ConfigRecord, RecordDict
 
-        record = ConfigRecord(
-            {
-                "site": self.site,
-                **self.summary(),
-                "moments": to_bytes(self.moments),
-                "held": self.held,
-                "chunk_bytes": self.chunk_bytes,
-            }
-        )
-        return RecordDict({RECORD: record})
+        return RecordDict({RECORD: ConfigRecord(dict(self.record()))})
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Description:
@@ -107,7 +109,7 @@ class Description:
                 **{key: int(record[key]) for key in _COUNTS},
                 cameras=tuple(map(str, record["cameras"])),
                 tasks=tuple(map(str, record["tasks"])),
-                moments=from_bytes(record["moments"]),
+                moments=from_bytes(record["moments"].encode()),
                 held=str(record["held"]),
                 chunk_bytes=int(record["chunk_bytes"]),
             )

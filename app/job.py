@@ -1,10 +1,10 @@
-"""What a message asks of a site's trainer, and what comes back: plain values and one payload, no Flower and no torch."""
+"""What a message asks of a site's trainer, and what comes back: plain values and one payload; no Flower, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.payload import Payload
 
@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 type Kind = Literal["describe", "train", "evaluate"]
 type Record = Mapping[str, Any]
 """Numbers, texts, booleans, and lists of numbers or texts, by name: what JSON and Flower's records both hold."""
+
+# The records of a message beside its payload: what a site is told, the metrics it answers with, and
+# the wish for the whole model.
+REQUEST = "request"
+METRICS = "metrics"
+WANT = "want"
+
+
+class Progress(Protocol):
+    """Told how far a job is, by name; what it raises ends the job."""
+
+    def __call__(self, **values: float | int | str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,3 +58,7 @@ class Answer:
         for name, metric in self.metrics.items():
             records[name] = MetricRecord(dict(metric))
         return records
+
+
+# The answer of a site that cannot build the round's model from what it holds.
+WANT_FULL = Answer(configs={WANT: {"form": "full"}})

@@ -13,10 +13,10 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from app import statistics
-from app.broadcast import REQUEST
 from app.config import RunConfig
 from app.description import Description
 from app.exchange import Exchange, Outcome
+from app.job import REQUEST
 from app.requests import tell
 from app.rounds import Deadlines, Grid, Node, Site, State, one_line, wait_for_sites
 from app.statistics import Moments

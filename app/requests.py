@@ -13,10 +13,11 @@ from typing import Any
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 
 from app import payload
-from app.broadcast import METRICS, Broadcast, wanted
+from app.broadcast import Broadcast, wanted
 from app.config import RunConfig
 from app.dataset_meta import JOINTS
 from app.exchange import Exchange, Outcome
+from app.job import METRICS
 from app.payload import PayloadError
 from app.rounds import Deadlines, Grid, Site, State, one_line
 from certs.errors import StorageError

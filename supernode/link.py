@@ -19,9 +19,6 @@ from certs.link import MAX_PROBE_BYTES, PATH
 
 _log = logging.getLogger("vlafleet.supernode")
 
-# The node config's key under which a ClientApp finds the size of its chunks.
-CHUNK_BYTES = "chunk-bytes"
-
 # Flower's own sizes; larger chunks would only cost memory.
 MAX_CHUNK_BYTES = 5 << 20
 MAX_CONCURRENCY = 2

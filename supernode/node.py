@@ -16,9 +16,10 @@ from certs.files import read
 from certs.flower import install_client, quiet, set_concurrency
 from certs.guard import Guard, allow
 from certs.identity import Identity
+from certs.link import CHUNK_BYTES
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
-from supernode.link import CHUNK_BYTES, settle
+from supernode.link import settle
 
 _log = logging.getLogger("vlafleet.supernode")
 

@@ -25,8 +25,8 @@ from flwr.app import (
 )
 
 from app import payload, server_app, tensorfile
-from app.broadcast import want_full
 from app.config import RunConfig
+from app.job import WANT_FULL
 from app.journal import read_rounds, runs_root
 from app.policy import trainable_names
 from certs.errors import RunFailedError
@@ -55,7 +55,7 @@ def in_time(site: Rogue, message: Message) -> Message:
 
 
 def wants(_: Rogue, message: Message) -> Message:
-    return Message(want_full(), reply_to=message)
+    return Message(WANT_FULL.to_records(), reply_to=message)
 
 
 def fails(code: int, reason: str) -> Fault:

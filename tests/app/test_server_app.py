@@ -22,10 +22,10 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import payload, rounds, server_app, statistics, tensorfile
-from app.broadcast import want_full
 from app.config import RunConfig
 from app.description import Description
 from app.exchange import Exchange
+from app.job import WANT_FULL
 from app.journal import read_config, read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
 from certs.errors import ConfigError, FleetError, ModelError, RunFailedError, StorageError
@@ -117,7 +117,7 @@ class FakeSite:
     def train(self, message: Message) -> Message:
         model = self.read(message)
         if model is None:
-            return Message(want_full(), reply_to=message)
+            return Message(WANT_FULL.to_records(), reply_to=message)
         return Message(self.update(model, self.step), reply_to=message)
 
     def update(self, model: payload.Payload, step: float, **manifest: Any) -> RecordDict:
@@ -134,7 +134,7 @@ class FakeSite:
 
     def evaluate(self, message: Message) -> Message:
         if self.read(message) is None:
-            return Message(want_full(), reply_to=message)
+            return Message(WANT_FULL.to_records(), reply_to=message)
         loss = 2.0 - 0.1 * len(self.means)
         metrics = MetricRecord({"loss": loss, "frames": 25, "rmse_deg": [loss] * 6})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)

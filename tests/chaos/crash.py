@@ -22,10 +22,10 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import exchange, payload, server_app, statistics, tensorfile
-from app.broadcast import want_full
 from app.config import RunConfig, home
 from app.description import Description
 from app.exchange import Exchange
+from app.job import WANT_FULL
 from app.journal import read_config, read_rounds, runs_root
 from app.policy import trainable_names
 from app.rounds import Round
@@ -120,7 +120,7 @@ class Site:
         model = payload.from_records(message.content, kind="model")
         held = dict(state.model()) if state.held() else own
         if model.base not in (None, payload.canonical_hash(held)):
-            return Message(want_full(), reply_to=message)
+            return Message(WANT_FULL.to_records(), reply_to=message)
         tensors = dict(payload.apply(held, model))
         assert payload.canonical_hash(tensors) == model.target
         shapes = {name: array.shape for name, array in tensors.items()}

@@ -2,8 +2,6 @@
 
 from types import SimpleNamespace
 
-CHUNK_BYTES = "chunk-bytes"
-
 
 def settle(*_: object) -> SimpleNamespace:
     """Return Flower's defaults."""
