@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Buffer, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Payload", "PayloadError", "Tensors", "apply", "canonical_hash", "check_tensors",
-    "encode_feedback", "from_records", "pack", "pack_encoded", "parse", "to_records", "wire_bytes",
+    "encode_feedback", "from_records", "pack", "pack_encoded", "parse", "restore", "to_records",
+    "wire_bytes",
 ]  # fmt: skip
 
 # May be lazy: it is read name by name, and never held whole.
@@ -65,9 +66,9 @@ class _File:
 
 @dataclass(frozen=True)
 class Payload(Manifest):
-    """Encoded tensors whose manifest was checked; ``pack``, ``parse`` or ``open`` makes one."""
+    """Encoded tensors whose manifest was checked; ``pack``, ``parse``, ``restore`` or ``open`` makes one."""
 
-    _source: bytes | _File = field(repr=False, compare=False)
+    _source: Buffer | _File = field(repr=False, compare=False)
 
     def tensor(self, name: str) -> Array:
         """The decoded tensor; ``PayloadError`` when it is not there or its scales are damaged."""
@@ -88,7 +89,7 @@ class Payload(Manifest):
         """All encoded bytes; read from its file where the payload has one."""
         if isinstance(self._source, _File):
             return self._source.read(0, self.nbytes)
-        return self._source
+        return bytes(self._source)  # bytes themselves are not copied
 
     def write(self, path: Path) -> None:
         """Write manifest and bytes to a file that ``open`` reads; ``OSError`` as it comes."""
@@ -218,6 +219,15 @@ def parse(manifest: Mapping[str, Any] | str, buffer: bytes, *, kind: Kind) -> Pa
     return payload
 
 
+def restore(manifest: Mapping[str, Any], buffer: Buffer) -> Payload:
+    """The payload whose flat bytes are ``buffer``, which is not copied.
+
+    They came from a process of this machine: the checksum is not computed again. ``PayloadError`` when they are not
+    what the manifest says.
+    """
+    return _payload(manifest, buffer, memoryview(buffer).nbytes)
+
+
 def check_tensors(found: Shapes, like: Shapes) -> None:
     """Names and shapes ``found`` equal those of ``like``; else ``PayloadError``."""
     if found.keys() != like.keys():
@@ -278,7 +288,7 @@ def _encode(name: str, array: Array, codec: str) -> bytes:
 
 
 def _payload(
-    manifest: Mapping[str, Any] | str | bytes, source: bytes | _File, size: int
+    manifest: Mapping[str, Any] | str | bytes, source: Buffer | _File, size: int
 ) -> Payload:
     found = read(manifest)
     if found.nbytes != size:

@@ -1,0 +1,152 @@
+"""The ClientApp's side of the resident trainer: hand over a job, wait for its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from app import manifest
+from app.job import Answer, Job
+from app.payload import Payload
+from app.trainer_wire import ENDED, SOCKET, receive, same_user, send
+from certs import errors
+from certs.errors import FleetError, RunFailedError
+
+# Seconds a round's job may take beyond its round-timeout: training that stops itself there still answers.
+_MARGIN_S = 30.0
+# Seconds for a job whose request names no round-timeout; the trainer refuses that request at once.
+_DEFAULT_S = 600.0
+# A trainer that ends so often while a job waits for it to start does not start.
+_FAILED_STARTS = 2
+# Seconds between two looks at whether that has happened.
+_LOOK_S = 0.5
+# Seconds for the supervisor to note how the trainer ended: it sleeps until then.
+_NOTE_S = 5.0
+
+
+def submit(job: Job) -> Answer:
+    """Have the trainer whose socket is ``VLAFLEET_TRAINER`` do ``job``; return its answer.
+
+    Waits while the trainer starts, and gives up when the round is over. Raises what the job raised, and
+    ``RunFailedError`` when the trainer ended, cannot be reached, or has too much to do.
+    """
+    path = Path(os.environ[SOCKET])
+    deadline = time.monotonic() + _seconds(job)
+    with _connect(path) as connection:
+        try:
+            pid = _greeted(connection, path, deadline)
+            try:
+                send(
+                    connection,
+                    {"job": {"kind": job.kind, "node": job.node, "request": job.request}},
+                    job.payload,
+                )
+                header, payload = _receive(connection, deadline)
+            except (EOFError, ConnectionError):
+                raise RunFailedError(
+                    f"The trainer ended in mid-job ({_how(path, pid)}); it is started again."
+                ) from None
+        except TimeoutError:
+            raise RunFailedError(
+                "The trainer did not answer before the round's deadline; its job is cancelled."
+            ) from None
+    if "error" in header:
+        raise _error(header["error"])
+    answer = header["answer"]
+    return Answer(answer["configs"], answer["metrics"], payload)
+
+
+def metrics(path: Path) -> str:
+    """What the trainer at the socket ``path`` tells Prometheus, in its text format."""
+    with _connect(path) as connection:
+        deadline = time.monotonic() + _DEFAULT_S
+        _greeted(connection, path, deadline)
+        send(connection, {"metrics": True})
+        header, _ = _receive(connection, deadline)
+    return str(header["metrics"])
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(path))
+        if not same_user(connection):
+            raise RunFailedError(f"{path} belongs to another user's process: it is no trainer.")
+    except OSError as error:
+        connection.close()
+        raise RunFailedError(
+            f"The trainer cannot be reached at {path} ({errors.first_line(error)}): "
+            "restart this site's SuperExec."
+        ) from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _greeted(connection: socket.socket, path: Path, deadline: float) -> int:
+    """Return the trainer's process id once it serves this connection; until then its socket holds it."""
+    before = int(_ended(path).get("times", 0))
+    while True:
+        if select.select([connection], [], [], _LOOK_S)[0]:
+            try:
+                return int(_receive(connection, deadline)[0]["pid"])
+            except (EOFError, ConnectionError):
+                raise RunFailedError(
+                    "The trainer closed the connection at once: its log says why."
+                ) from None
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        last = _ended(path)
+        if int(last.get("times", 0)) >= before + _FAILED_STARTS:
+            raise RunFailedError(
+                f"The trainer does not start ({last['how']}): the log of this site's SuperExec says more."
+            )
+
+
+def _receive(connection: socket.socket, deadline: float) -> tuple[dict[str, Any], Payload | None]:
+    # A timeout of 0 would mean not to wait at all.
+    connection.settimeout(max(0.001, deadline - time.monotonic()))
+    return receive(connection)
+
+
+def _seconds(job: Job) -> float:
+    try:
+        seconds = json.loads(job.request["config"])["round-timeout"]
+        return float(seconds) + _MARGIN_S
+    except (KeyError, TypeError, ValueError):
+        return _DEFAULT_S
+
+
+def _ended(path: Path) -> dict[str, Any]:
+    """What the supervisor noted when a trainer ended: its ``pid``, ``how``, and how many ``times`` one did."""
+    try:
+        found: dict[str, Any] = json.loads((path.parent / ENDED).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def _how(path: Path, pid: int) -> str:
+    deadline = time.monotonic() + _NOTE_S
+    while time.monotonic() < deadline:
+        if (last := _ended(path)).get("pid") == pid:
+            return str(last["how"])
+        time.sleep(0.05)
+    return "it closed the connection"
+
+
+def _error(said: dict[str, Any]) -> FleetError:
+    """The error that a job raised, of its own class."""
+    kind, sentence = str(said["class"]), str(said["sentence"])
+    if kind == manifest.PayloadError.__name__:
+        return manifest.PayloadError(said["reason"], sentence)
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, FleetError):
+        return found(sentence)
+    return RunFailedError(sentence)
