@@ -2,7 +2,9 @@
 
 ``SmolVLAPolicy.from_pretrained(path, strict=True)`` and ``lerobot-eval`` open it like any policy:
 the base's configuration, all tensors with the round's trainable ones put in as float32, and the
-base's processors with the run's pooled statistics and the federation's camera names.
+base's processors with the run's pooled statistics and the federation's camera names. With
+exchange=lora the tensors are the base's with the round's adapters merged in, and the adapters
+themselves, from which a run is resumed, lie beside them in ``adapters.safetensors``.
 
 Beside the policy lies what the next round needs: ``federation.json``, the server optimiser's state,
 and the broadcast that leads here from the round before. The latter two are as large as the model
@@ -23,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from app import tensorfile
+from app import tensorfile, trainables
 from app.durable import point, sync, write_json
 from app.payload import Payload, Tensors, canonical_hash
 from app.policy import CAMERAS, vlm_beside
@@ -45,7 +47,8 @@ class Checkpoint:
     """A round's directory under construction; it gets its name in :meth:`finish`.
 
     A crash at any moment leaves either the whole directory or none. ``shapes`` are those of the
-    trainable tensors, ``states`` names the server's tensors of each of them.
+    trainable tensors, ``states`` names the server's tensors of each of them; ``exchange`` is the
+    run config's.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class Checkpoint:
         shapes: Mapping[str, tuple[int, ...]],
         states: Sequence[str],
         normalisation: Mapping[str, Mapping[str, np.ndarray[Any, Any]]],
+        exchange: str = "expert",
     ) -> None:
-        self._shapes = dict(shapes)
+        self._base, self._shapes = base, dict(shapes)
         self._target = round_directory(checkpoints, number)
         self._work = checkpoints / f".{self._target.name}.tmp"
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,10 @@ class Checkpoint:
             write_json(self._work / "config.json", config)
             for name in _PROCESSORS:
                 _processor(base, self._work, name, normalisation, vlm)
-            self._weights = Writer(self._work / WEIGHTS, shapes, base=base / WEIGHTS)
+            adapted = trainables.merged_shapes(base) if exchange == "lora" else shapes
+            self._weights = Writer(self._work / WEIGHTS, adapted, base=base / WEIGHTS)
+            self._file = self._work / trainables.FILES[exchange]
+            self._trained = Writer(self._file, shapes) if exchange == "lora" else self._weights
             server = {
                 f"{state}.{name}": shape for state in states for name, shape in shapes.items()
             }
@@ -95,7 +102,7 @@ class Checkpoint:
 
     def put(self, name: str, value: np.ndarray[Any, np.dtype[np.float32]], **states: Any) -> None:
         """Write a trainable tensor and the server's state of it."""
-        self._weights.put(name, value)
+        self._trained.put(name, value)
         if self._server:
             for state, array in states.items():
                 self._server.put(f"{state}.{name}", array)
@@ -106,10 +113,15 @@ class Checkpoint:
         ``federation`` (round, base, participants) goes into ``federation.json`` with the hash;
         ``update`` makes, from that hash, the broadcast that leads here from the round before.
         """
-        self._weights.close()
+        self._trained.close()
+        trained = Lazy(self._file, self._shapes)
+        if self._trained is not self._weights:
+            for name, value in trainables.merged(self._base, trained):
+                self._weights.put(name, value)
+            self._weights.close()
         if self._server:
             self._server.close()
-        model = canonical_hash(Lazy(self._work / WEIGHTS, self._shapes))
+        model = canonical_hash(trained)
         if update:
             update(model).write(self._work / UPDATE)
         write_json(self._work / FEDERATION, {"schema": SCHEMA, **federation, "model": model})

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from app.tensorfile import WEIGHTS
+from app.tensorfile import ADAPTERS, WEIGHTS
 from certs.errors import FleetError, ModelError, StorageError, first_line
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -111,7 +111,8 @@ def push(checkpoint: Path, repository: str, *, private: bool, card: Path, messag
 
 def _contents(checkpoint: Path, card: Path) -> dict[str, Path | bytes]:
     """What is published, by its name in the repository: a file, or the bytes that stand for one."""
-    weights = [checkpoint / WEIGHTS, *sorted(checkpoint.glob(_STATES))]
+    others = (path for name in (ADAPTERS, _STATES) for path in sorted(checkpoint.glob(name)))
+    weights = [checkpoint / WEIGHTS, *others]
     for path in (weights[0], card):
         if not path.is_file():
             raise ModelError(f"{path} is missing: only a whole checkpoint is pushed.")

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from app import payload, server_optimizer
+from app import payload, server_optimizer, trainables
 from app.aggregation import Updates
 from app.broadcast import Broadcast
 from app.checkpoint import SERVER, UPDATE, Checkpoint, round_directory
 from app.config import RunConfig, models_directory
 from app.payload import Payload, PayloadError
-from app.policy import frozen_hash, resolve_model, trainable_names
-from app.tensorfile import WEIGHTS, Lazy
+from app.policy import resolve_model
+from app.tensorfile import Lazy
 
 _log = logging.getLogger("flwr")
 
@@ -31,9 +31,9 @@ class Model:
     def __init__(self, config: RunConfig, checkpoints: Path) -> None:
         self._config, self._checkpoints = config, checkpoints
         self._base = resolve_model(config.model, models_directory())
-        self.frozen = frozen_hash(self._base)
-        self._tensors = Lazy(self._base / WEIGHTS, trainable_names(self._base))
-        self.shapes = self._tensors.shapes
+        self.frozen = trainables.frozen(config, self._base)
+        initial = trainables.initial(config, self._base)
+        self.shapes, self._tensors = initial.shapes, initial
         self.hash = payload.canonical_hash(self._tensors)
         self.broadcast = Broadcast(self._tensors, self.hash, self.frozen, None)
         # What the server keeps of each tensor between rounds.
@@ -42,19 +42,22 @@ class Model:
         self._kept: Lazy | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The base model, for the record of the run."""
+        """The base model and what of it is trained, for the record of the run."""
+        config = self._config
+        lora = {"lora_rank": config.lora_rank, "lora_alpha": trainables.ALPHA}
         return {
-            "name": self._config.model,
+            "name": config.model,
             "hash": self.hash,
             "frozen": self.frozen,
             "trainable_tensors": len(self.shapes),
             "trainable_values": sum(math.prod(shape) for shape in self.shapes.values()),
+            **(lora if config.exchange == "lora" else {}),
         }
 
     def take_up(self, checkpoint: Path, model: str) -> None:
         """Go on from ``checkpoint``, whose canonical hash is ``model``."""
         self.hash = model
-        self._tensors = Lazy(checkpoint / WEIGHTS, self.shapes)
+        self._tensors = Lazy(checkpoint / trainables.FILES[self._config.exchange], self.shapes)
         names = [f"{state}.{name}" for state in self._states for name in self.shapes]
         self._kept = Lazy(checkpoint / SERVER, names) if names else None
         update = None
@@ -90,6 +93,7 @@ class Model:
             shapes=self.shapes,
             states=self._states,
             normalisation=normalisation,
+            exchange=self._config.exchange,
         ) as checkpoint:
             parts: list[tuple[str, tuple[int, ...], bytes]] = []
             for name in sorted(self.shapes):

@@ -28,12 +28,14 @@ from app.series import (
     sites,
 )
 from app.tables import ALL, percent
+from app.trainables import ALPHA
 
 CARD = "model_card.md"
 _MISSING = "not measured"
 # What shaped the model. An allow-list: other keys hold paths and names of this machine and its owner.
 _SETTINGS = (
     *("rounds", "seed", "sites-per-round", "over-sampling", "quorum", "local-steps", "batch-size"),
+    *("exchange", "lora-rank", "image-augmentation"),
     *("held-out", "proximal-mu", "dynamic-mu", "reset-optimizer", "learning-rate", "warmup-steps"),
     *("schedule", "min-learning-rate", "cycle-rounds", "plateau-rounds", "plateau-factor"),
     *("hard-site-boost", "spike-factor", "patience", "codec", "strategy", "server-learning-rate"),
@@ -66,7 +68,10 @@ written from the record of run {{ run|text }}. `federation.json` beside the weig
 
 - Rounds: {{ committed }} of {{ settings.rounds }} committed{{ ", then early stopping ended the run" if early }}
 - Sites whose updates are in the model: {{ contributed }} of {{ names|length }}
-- Trained: {{ values|count }} values outside the VLM, which stayed frozen
+- Trained: {{ values|count }} values {% if settings.exchange == "lora" -%}
+of low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)), merged into the weights; all else stayed
+  frozen. `adapters.safetensors` holds them alone, under peft's names (rank {{ settings.lora_rank }}, alpha {{ alpha }})
+{%- else %}outside the VLM, which stayed frozen{% endif %}
 - Base model: {% if base %}[{{ base }}](https://huggingface.co/{{ base }}){% else %}not on the Hub{% endif %}
 
 | setting | value |
@@ -171,6 +176,7 @@ def _render(run: Run) -> str:
         early=(config["ended"] or {}).get("reason") == EARLY_STOPPING,
         contributed=len(_contributed(rounds)),
         values=(config["model"] or {}).get("trainable_values", 0),
+        alpha=ALPHA,
         base=base,
         rows=_settings(settings),
         columns=[label for label, _ in kept],

@@ -21,6 +21,8 @@ from certs.errors import ModelError
 
 # What lerobot and transformers call the file of a saved policy's weights.
 WEIGHTS = "model.safetensors"
+# Beside it where adapters are trained: what of the weights is not the base's.
+ADAPTERS = "adapters.safetensors"
 # The library's own cap: a longer header means that this is another kind of file.
 _MAX_HEADER = 100_000_000
 # Bytes copied at a time: large enough for the disk, small enough for memory.

@@ -19,11 +19,11 @@ import numpy as np
 from app.config import RunConfig
 from app.payload import Tensors
 from app.policy import frozen_hash, trainable_names
-from app.tensorfile import WEIGHTS, Lazy, entries
+from app.tensorfile import ADAPTERS, WEIGHTS, Lazy, entries
 from certs.errors import ModelError
 
 # The file of a checkpoint that holds what crosses the wire, by the run config's exchange.
-FILES = {"expert": WEIGHTS, "lora": "adapters.safetensors"}
+FILES = {"expert": WEIGHTS, "lora": ADAPTERS}
 # lerobot.configs.default.PeftConfig leaves it to peft, whose LoraConfig has 8 whatever the rank.
 ALPHA = 8
 # SmolVLAPolicy._get_default_peft_targets of lerobot 0.6.1, for a whole module name.
@@ -80,13 +80,18 @@ def frozen(config: RunConfig, base: Path) -> str:
     return frozen_hash(base, expert=config.exchange == "lora")
 
 
+def is_target(layer: str) -> bool:
+    """Whether LoRA adapts the layer of this name."""
+    return _TARGETS.fullmatch(layer) is not None
+
+
 def targets(base: Path) -> dict[str, tuple[int, ...]]:
     """The layers of ``base`` that LoRA adapts, sorted: each one's name, and its (outputs, inputs)."""
     found, _ = entries(base / WEIGHTS)
     layers = {
         name.removesuffix(_WEIGHT): found[name].shape
         for name in sorted(found)
-        if name.endswith(_WEIGHT) and _TARGETS.fullmatch(name.removesuffix(_WEIGHT))
+        if name.endswith(_WEIGHT) and is_target(name.removesuffix(_WEIGHT))
     }
     if not layers:
         raise ModelError(
