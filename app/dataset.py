@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 # lerobot looks images up in float32, which resolves 1.2e-4 s a thousand seconds into a video file: at its tolerance up
 # to 7 % of the frames of long episodes there are refused. A millisecond still names one image.
-_LOOKUP_TOLERANCE = 1e-3
+LOOKUP_TOLERANCE = 1e-3
 # Both, joined by "&", or one of them.
 _FRAGMENT = re.compile(r"(?=.)(?:episodes=(\d+):(\d+))?(?:(?:^|(?<=\d)&)part=(\d+)/(\d+))?")
 
@@ -96,7 +96,7 @@ class SiteDataset:
                     root=self.root,
                     episodes=list(episodes),
                     delta_timestamps={"action": [step / self.fps for step in range(chunk)]},
-                    tolerance_s=_LOOKUP_TOLERANCE,
+                    tolerance_s=LOOKUP_TOLERANCE,
                     # torchcodec needs FFmpeg's libraries on the machine; PyAV brings its own.
                     video_backend="pyav",
                     return_uint8=True,

@@ -9,14 +9,28 @@ TASK = "Pick up the cube and place it in the box."
 FPS = 30
 
 
-def record(root: Path, lengths: Sequence[int] = (30, 35, 40, 45)) -> Path:
-    """Episodes of so many frames, two h264 cameras of 96x128, joints that follow sines in degrees."""
+def record(
+    root: Path,
+    lengths: Sequence[int] = (30, 35, 40, 45),
+    *,
+    video: bool = True,
+    tasks: Sequence[str] = (TASK,),
+    apart: bool = False,
+) -> Path:
+    """Episodes of so many frames, two cameras of 96x128, joints that follow sines in degrees.
+
+    Images are h264 video, or PNGs in the data files; ``tasks`` take turns; ``apart`` gives episodes files of their own.
+    """
     import numpy as np
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     names = [f"{joint}.pos" for joint in JOINTS]
-    video = {"dtype": "video", "shape": (96, 128, 3), "names": ["height", "width", "channels"]}
+    camera_feature = {
+        "dtype": "video" if video else "image",
+        "shape": (96, 128, 3),
+        "names": ["height", "width", "channels"],
+    }
     vector = {"dtype": "float32", "shape": (6,), "names": names}
     dataset = LeRobotDataset.create(
         repo_id="test/site",
@@ -26,12 +40,15 @@ def record(root: Path, lengths: Sequence[int] = (30, 35, 40, 45)) -> Path:
         features={
             "observation.state": vector,
             "action": vector,
-            "observation.images.top": video,
-            "observation.images.wrist": video,
+            "observation.images.top": camera_feature,
+            "observation.images.wrist": camera_feature,
         },
-        streaming_encoding=True,
+        streaming_encoding=video,
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
+    if apart:
+        # Megabytes that every episode exceeds.
+        dataset.meta.info.data_files_size_in_mb = dataset.meta.info.video_files_size_in_mb = 1e-4
     # Amplitude and offset in degrees; the gripper runs from 0 to 100.
     amplitude = np.array([40, 30, 50, 35, 60, 45])
     offset = np.array([0, -20, 30, 10, 0, 50])
@@ -50,7 +67,7 @@ def record(root: Path, lengths: Sequence[int] = (30, 35, 40, 45)) -> Path:
                 {
                     "observation.state": state.astype(np.float32),
                     "action": action.astype(np.float32),
-                    "task": TASK,
+                    "task": tasks[episode % len(tasks)],
                     **images,
                 }
             )
