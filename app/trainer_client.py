@@ -17,6 +17,8 @@ from app.trainer_wire import ENDED, SOCKET, receive, same_user, send
 from certs import errors
 from certs.errors import FleetError, RunFailedError
 
+# A job that waited for its turn when the trainer ended has not begun, and is handed over once more.
+_ATTEMPTS = 2
 # Seconds a round's job may take beyond its round-timeout: training that stops itself there still answers.
 _MARGIN_S = 30.0
 # Seconds for a job whose request names no round-timeout; the trainer refuses that request at once.
@@ -37,28 +39,19 @@ def submit(job: Job) -> Answer:
     """
     path = Path(os.environ[SOCKET])
     deadline = time.monotonic() + _seconds(job)
-    with _connect(path) as connection:
-        try:
-            pid = _greeted(connection, path, deadline)
-            try:
-                send(
-                    connection,
-                    {"job": {"kind": job.kind, "node": job.node, "request": job.request}},
-                    job.payload,
-                )
-                header, payload = _receive(connection, deadline)
-            except (EOFError, ConnectionError):
-                raise RunFailedError(
-                    f"The trainer ended in mid-job ({_how(path, pid)}); it is started again."
-                ) from None
-        except TimeoutError:
-            raise RunFailedError(
-                "The trainer did not answer before the round's deadline; its job is cancelled."
-            ) from None
-    if "error" in header:
-        raise _error(header["error"])
-    answer = header["answer"]
-    return Answer(answer["configs"], answer["metrics"], payload)
+    try:
+        for _ in range(_ATTEMPTS):
+            with _connect(path) as connection:
+                pid = _begun(connection, path, job, deadline)
+                if pid is not None:
+                    return _answer(connection, path, pid, deadline)
+    except TimeoutError:
+        raise RunFailedError(
+            "The trainer did not answer before the round's deadline; its job is cancelled."
+        ) from None
+    raise RunFailedError(
+        "The trainer closed the connection before it began: the log of this site's SuperExec says why."
+    )
 
 
 def metrics(path: Path) -> str:
@@ -69,6 +62,33 @@ def metrics(path: Path) -> str:
         send(connection, {"metrics": True})
         header, _ = _receive(connection, deadline)
     return str(header["metrics"])
+
+
+def _begun(connection: socket.socket, path: Path, job: Job, deadline: float) -> int | None:
+    """The trainer's process id once it works on ``job``; None when it ended before that."""
+    try:
+        pid = _greeted(connection, path, deadline)
+        said = {"kind": job.kind, "node": job.node, "request": job.request}
+        send(connection, {"job": said}, job.payload)
+        header, _ = _receive(connection, deadline)
+    except (EOFError, ConnectionError):
+        return None
+    if "error" in header:
+        raise _error(header["error"])
+    return pid
+
+
+def _answer(connection: socket.socket, path: Path, pid: int, deadline: float) -> Answer:
+    try:
+        header, payload = _receive(connection, deadline)
+    except (EOFError, ConnectionError):
+        raise RunFailedError(
+            f"The trainer ended in mid-job ({_how(path, pid)}); it is started again."
+        ) from None
+    if "error" in header:
+        raise _error(header["error"])
+    answer = header["answer"]
+    return Answer(answer["configs"], answer["metrics"], payload)
 
 
 def _connect(path: Path) -> socket.socket:
@@ -94,12 +114,7 @@ def _greeted(connection: socket.socket, path: Path, deadline: float) -> int:
     before = int(_ended(path).get("times", 0))
     while True:
         if select.select([connection], [], [], _LOOK_S)[0]:
-            try:
-                return int(_receive(connection, deadline)[0]["pid"])
-            except (EOFError, ConnectionError):
-                raise RunFailedError(
-                    "The trainer closed the connection at once: its log says why."
-                ) from None
+            return int(_receive(connection, deadline)[0]["pid"])
         if time.monotonic() >= deadline:
             raise TimeoutError
         last = _ended(path)

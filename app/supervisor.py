@@ -1,0 +1,123 @@
+"""Keeps a site's trainer running: starts it, starts it again when it ends, and notes how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from app.trainer_wire import ENDED
+
+# Not its working directory's modules: what runs is what is installed.
+COMMAND = (sys.executable, "-P", "-m", "app.trainer")
+# Seconds before the trainer is started again: doubled each time it ends early, up to the longest.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+# Seconds after which it has not ended early: its imports take 20 at most.
+_SETTLED_S = 60.0
+# Seconds for the trainer to write what it still holds when the SuperExec ends; Flower allows 5 for all of it.
+_STOP_S = 3.0
+# Connections that wait while the trainer starts.
+_BACKLOG = 16
+
+_log = logging.getLogger("vlafleet.supervisor")
+
+
+@contextlib.contextmanager
+def supervised(command: Sequence[str] = COMMAND, *, without: str | None = None) -> Iterator[Path]:
+    """Keep a trainer running; yield the path of its socket.
+
+    The socket belongs to this process and outlives the trainer: who connects while it starts, waits. ``without`` is a
+    variable of the environment that the trainer has no use for.
+    """
+    with tempfile.TemporaryDirectory(prefix="vlafleet-") as directory:  # mode 0700
+        path = Path(directory) / "trainer"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(_BACKLOG)
+            supervisor = _Supervisor(command, listener, path.parent / ENDED, without)
+            supervisor.start()
+            _log.info("the trainer listens at %s", path)
+            try:
+                yield path
+            finally:
+                supervisor.stop()
+
+
+class _Supervisor(threading.Thread):
+    def __init__(
+        self, command: Sequence[str], listener: socket.socket, ended: Path, without: str | None
+    ) -> None:
+        super().__init__(name="supervisor", daemon=True)
+        self._command = [*command, str(listener.fileno())]
+        self._descriptor = listener.fileno()
+        self._environment = {k: v for k, v in os.environ.items() if k != without}
+        self._ended = ended
+        self._stopping = threading.Event()
+        # Held while a trainer is started, so that none is after ``stop``.
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> None:
+        times = early = 0
+        while process := self._start():
+            started = time.monotonic()
+            code = process.wait()
+            if self._stopping.is_set():
+                return
+            times += 1
+            early = 0 if time.monotonic() - started > _SETTLED_S else early + 1
+            pause = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**early)
+            _log.warning("the trainer ended: %s; it starts again in %.1f s", how(code), pause)
+            self._note({"pid": process.pid, "how": how(code), "times": times})
+            self._stopping.wait(pause)
+
+    def stop(self) -> None:
+        """End the trainer; it may finish what it writes."""
+        with self._lock:
+            self._stopping.set()
+            process = self._process
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.join()
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            # Its parent, whose end ends it, is this very thread (prctl(2), PR_SET_PDEATHSIG).
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=[self._descriptor],
+            )
+            return self._process
+
+    def _note(self, said: dict[str, int | str]) -> None:
+        written = self._ended.with_suffix(".new")
+        written.write_text(json.dumps(said))
+        written.replace(self._ended)
+
+
+def how(code: int) -> str:
+    """How a process with this return code ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    number = signal.Signals(-code)
+    said = f"killed by signal {-code}, {number.name}"
+    return said + ", as when memory runs out" if number == signal.SIGKILL else said
