@@ -2,9 +2,11 @@
 
 Flower starts a fresh process for every ServerApp and ClientApp task. Each presents the SuperExec's certificate, refuses
 a bundle that carries code, and dies with its SuperExec: a ClientApp that ends gracefully in mid-task leaves its
-SuperNode waiting for a reply for ever (measured on Flower 1.41).
+SuperNode waiting for a reply for ever (measured on Flower 1.41). A site's SuperExec keeps a trainer beside them, which
+stays from message to message.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,6 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from app.supervisor import SOCKET, supervised
 from certs.contact import recorder
 from certs.errors import FleetError
 from certs.flower import (
@@ -41,8 +44,6 @@ def serve(identity: Identity, address: str) -> None:
     """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT."""
     os.environ[_IDENTITY] = str(identity.directory.absolute())
     quiet()
-    if identity.peer.name == SUPERLINK_NAME:
-        os.environ.update(SERVERAPP_ENVIRONMENT)
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
     kinds = ("serverapp", "clientapp", "simulation")
@@ -52,13 +53,19 @@ def serve(identity: Identity, address: str) -> None:
 
     disable_process_dumping(strict=False)  # as flower-superexec does: its memory holds task tokens
 
-    _log.info("SuperExec %s polls %s", identity.peer.name, address)
-    run_superexec(
-        runtime_api_address=address,
-        insecure=False,
-        root_certificates_path=str(identity.authority),
-        runtime_dependency_install=False,
-    )
+    with contextlib.ExitStack() as stack:
+        if identity.peer.name == SUPERLINK_NAME:
+            os.environ.update(SERVERAPP_ENVIRONMENT)
+        else:
+            # ClientApps inherit where it listens. It has no use for the identity.
+            os.environ[SOCKET] = str(stack.enter_context(supervised(without=_IDENTITY)))
+        _log.info("SuperExec %s polls %s", identity.peer.name, address)
+        run_superexec(
+            runtime_api_address=address,
+            insecure=False,
+            root_certificates_path=str(identity.authority),
+            runtime_dependency_install=False,
+        )
 
 
 def serverapp() -> None:

@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from app.trainer_wire import ENDED
-
+# Names the trainer's socket to the ClientApps.
+SOCKET = "VLAFLEET_TRAINER"
+# Beside the socket: how the last trainer ended.
+ENDED = "ended.json"
 # Not its working directory's modules: what runs is what is installed.
 COMMAND = (sys.executable, "-P", "-m", "app.trainer")
 # Seconds before the trainer is started again: doubled each time it ends early, up to the longest.
@@ -39,7 +41,7 @@ def supervised(command: Sequence[str] = COMMAND, *, without: str | None = None) 
     The socket belongs to this process and outlives the trainer: who connects while it starts, waits. ``without`` is a
     variable of the environment that the trainer has no use for.
     """
-    with tempfile.TemporaryDirectory(prefix="vlafleet-") as directory:  # mode 0700
+    with tempfile.TemporaryDirectory(prefix="vlafleet-trainer-") as directory:  # mode 0700
         path = Path(directory) / "trainer"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(str(path))
@@ -70,16 +72,22 @@ class _Supervisor(threading.Thread):
 
     def run(self) -> None:
         times = early = 0
-        while process := self._start():
+        while True:
             started = time.monotonic()
-            code = process.wait()
+            try:
+                process = self._start()
+                if process is None:
+                    return
+                pid, ended = process.pid, how(process.wait())
+            except OSError as error:
+                pid, ended = 0, f"it cannot be started: {error}"
             if self._stopping.is_set():
                 return
             times += 1
             early = 0 if time.monotonic() - started > _SETTLED_S else early + 1
             pause = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**early)
-            _log.warning("the trainer ended: %s; it starts again in %.1f s", how(code), pause)
-            self._note({"pid": process.pid, "how": how(code), "times": times})
+            _log.warning("the trainer ended: %s; it starts again in %.1f s", ended, pause)
+            self._note({"pid": pid, "how": ended, "times": times})
             self._stopping.wait(pause)
 
     def stop(self) -> None:

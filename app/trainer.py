@@ -193,7 +193,8 @@ def main(make: Callable[[], Handler] = worker) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     # A terminal's Ctrl-C reaches the SuperExec too, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+    with contextlib.suppress(OSError):  # a sandbox may have no such file
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -13,7 +13,8 @@ from typing import Any
 from app import manifest
 from app.job import Answer, Job
 from app.payload import Payload
-from app.trainer_wire import ENDED, SOCKET, receive, same_user, send
+from app.supervisor import ENDED, SOCKET
+from app.trainer_wire import receive, same_user, send
 from certs import errors
 from certs.errors import FleetError, RunFailedError
 

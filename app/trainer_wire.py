@@ -19,11 +19,6 @@ from app import payload as payloads
 from app.payload import Payload
 from certs.errors import RunFailedError
 
-# Where the socket is; the SuperExec of a site hands it to its ClientApps.
-SOCKET = "VLAFLEET_TRAINER"
-# Beside the socket: how the last trainer ended.
-ENDED = "ended.json"
-
 _LENGTH = struct.Struct(">I")
 # What one system call is asked for; a socket's buffer holds less.
 _PART = 1 << 20

@@ -334,6 +334,11 @@ def test_a_trainer_that_does_not_start_says_how_it_ended() -> None:
     expected = pytest.raises(RunFailedError, match=r"does not start \(exit code 3\)")
     with running(sys.executable, "-c", "raise SystemExit(3)"), expected:
         submit(job("echo"))
+    with (
+        running("/nowhere/trainer"),
+        pytest.raises(RunFailedError, match=r"does not start \(it cannot"),
+    ):
+        submit(job("echo"))
 
 
 def test_a_job_is_given_up_when_its_round_is_over(
