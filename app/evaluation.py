@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.dataset import SiteDataset, readable
 from app.dataset_meta import JOINTS
+from app.frames import Frames
 from app.policy import Processors
-from app.training import require_finite_rows, to_batch
 
 if TYPE_CHECKING:
-    import torch
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    from app.prefix import Prefix
+    from app.prefix_cache import PrefixCache
 
 # Flow-matching times per frame, one in each quarter of the distribution that training draws from.
 _TIMES = 4
@@ -41,20 +41,21 @@ class EvalResult:
 def evaluate(
     policy: "SmolVLAPolicy",
     processors: Processors,
-    dataset: SiteDataset,
+    frames: Frames,
     *,
     batch_size: int,
     batches: int,
     seed: int,
+    cache: "PrefixCache | None" = None,
 ) -> EvalResult:
-    """Evaluate up to ``batch_size * batches`` frames, spread evenly over the held-out episodes.
+    """Evaluate up to ``batch_size * batches`` of these frames, spread evenly over their episodes.
 
-    Padding after an episode's end counts neither in the loss nor in the error. Raises DatasetError.
+    Padding after an episode's end counts neither in the loss nor in the error. ``cache`` holds at least the rows that
+    :func:`spread` names; without one the images are decoded. Raises DatasetError.
     """
-    opened = dataset.lerobot(dataset.held_out_episodes, policy.config.chunk_size)
-    rows = spread(len(opened), batch_size * batches)
+    rows = spread(len(frames), batch_size * batches)
     return evaluate_rows(
-        policy, processors, dataset, opened, rows, batch_size=batch_size, seed=seed
+        policy, processors, frames, rows, batch_size=batch_size, seed=seed, cache=cache
     )
 
 
@@ -67,38 +68,38 @@ def spread(total: int, count: int) -> list[int]:
 def evaluate_rows(
     policy: "SmolVLAPolicy",
     processors: Processors,
-    dataset: SiteDataset,
-    opened: "LeRobotDataset",
+    frames: Frames,
     rows: Sequence[int],
     *,
     batch_size: int,
     seed: int,
+    cache: "PrefixCache | None" = None,
 ) -> EvalResult:
-    """Evaluate these rows of an opened dataset. Raises DatasetError."""
+    """Evaluate these rows. Raises DatasetError."""
     import torch
+
+    from app.prefix import compute
 
     losses: list[float] = []
     squares, valid = np.zeros(len(JOINTS)), 0
     device = torch.device(policy.config.device)
-    was_training = policy.training
-    policy.eval()
     with (
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
     ):
         for start in range(0, len(rows), batch_size):
-            with readable(dataset):
-                batch = to_batch([opened[row] for row in rows[start : start + batch_size]])
-            require_finite_rows(batch, dataset)
-            frames: list[int] = batch["index"].tolist()
-            target, inside = batch["action"].double(), ~batch["action_is_pad"]
-            batch = processors[0](batch)
-            losses += _losses(policy, batch, frames, seed)
-            predicted = _predict(policy, processors, batch, frames, seed)
-            error = (predicted.double() - target) * inside[..., None]
-            squares += error.square().sum(dim=(0, 1)).numpy()
+            chosen = rows[start : start + batch_size]
+            windows, padding = frames.windows(chosen, policy.config.chunk_size)
+            target, inside = frames.action[windows], ~padding
+            batch = _inputs(processors, frames, chosen, target, images=cache is None)
+            # All losses and predictions of a frame look at the same images.
+            prefix = cache.prefix(chosen) if cache else compute(policy, batch)
+            indices = frames.index[chosen].tolist()
+            losses += _losses(policy, prefix, batch, inside, indices, seed)
+            predicted = _predict(policy, processors, prefix, batch, indices, seed)
+            error = (predicted - target) * inside[..., None]
+            squares += np.square(error).sum(axis=(0, 1))
             valid += int(inside.sum())
-    policy.train(was_training)
     return EvalResult(
         # fsum rounds once, so the order of frames cannot show.
         loss=math.fsum(losses) / len(losses),
@@ -107,38 +108,76 @@ def evaluate_rows(
     )
 
 
-def _losses(
-    policy: "SmolVLAPolicy", batch: dict[str, Any], frames: list[int], seed: int
-) -> list[float]:
-    """Each frame's loss [frames], averaged over its times."""
+def _inputs(
+    processors: Processors,
+    frames: Frames,
+    rows: Sequence[int],
+    action: NDArray[np.float32],
+    *,
+    images: bool,
+) -> dict[str, Any]:
+    """What the preprocessor makes of these rows: on the device, normalised, the task as tokens."""
     import torch
 
-    total = torch.zeros(len(frames), dtype=torch.float64)
+    inputs: dict[str, Any] = {
+        "observation.state": torch.from_numpy(frames.state[rows]),
+        "action": torch.from_numpy(action),
+        "task": [frames.tasks[task] for task in frames.task[rows]],
+    }
+    if images:
+        # lerobot scales images before its preprocessor.
+        inputs |= {
+            camera: torch.from_numpy(pixels).float() / 255
+            for camera, pixels in frames.images(rows).items()
+        }
+    batch: dict[str, Any] = processors[0](inputs)
+    return batch
+
+
+def _losses(
+    policy: "SmolVLAPolicy",
+    prefix: "Prefix",
+    batch: dict[str, Any],
+    inside: NDArray[np.bool_],
+    indices: list[int],
+    seed: int,
+) -> list[float]:
+    """Each frame's loss [frames], averaged over its times and over what is inside its episode."""
+    import torch
+
+    from app.prefix import flow_losses
+
+    state, actions = batch["observation.state"], batch["action"]
+    weight = torch.from_numpy(inside / inside.sum(axis=1, keepdims=True))
+    total = torch.zeros(len(indices), dtype=torch.float64)
     for stratum in range(_TIMES):
-        draws = [_draw(policy, frame, stratum, seed) for frame in frames]
-        noise = torch.from_numpy(np.stack([noise for noise, _ in draws])).to(policy.config.device)
-        time = torch.tensor(
-            [time for _, time in draws], dtype=torch.float32, device=policy.config.device
-        )
-        loss, _ = policy.forward(dict(batch), noise, time, reduction="none")
-        total += loss.double().cpu()
+        draws = [_draw(policy, index, stratum, seed) for index in indices]
+        noise = torch.from_numpy(np.stack([noise for noise, _ in draws])).to(state.device)
+        time = torch.tensor([time for _, time in draws], dtype=torch.float32, device=state.device)
+        elements = flow_losses(policy, prefix, state, actions, noise, time)
+        joints = elements[..., : len(JOINTS)].double().mean(dim=2).cpu()
+        total += (joints * weight).sum(dim=1)
     return (total / _TIMES).tolist()
 
 
 def _predict(
     policy: "SmolVLAPolicy",
     processors: Processors,
+    prefix: "Prefix",
     batch: dict[str, Any],
-    frames: list[int],
+    indices: list[int],
     seed: int,
-) -> "torch.Tensor":
+) -> NDArray[np.float64]:
     """The action chunks [frames, chunk, 6] in degrees that the policy would send to the arm."""
     import torch
 
-    noise = np.stack([_draw(policy, frame, _TIMES, seed)[0] for frame in frames])
-    start = torch.from_numpy(noise).to(policy.config.device)
-    predicted: torch.Tensor = processors[1](policy.predict_action_chunk(dict(batch), noise=start))
-    return predicted
+    from app.prefix import denoise
+
+    state = batch["observation.state"]
+    noise = np.stack([_draw(policy, index, _TIMES, seed)[0] for index in indices])
+    predicted = denoise(policy, prefix, state, torch.from_numpy(noise).to(state.device))
+    degrees: NDArray[np.float64] = processors[1](predicted).double().cpu().numpy()
+    return degrees
 
 
 def _draw(

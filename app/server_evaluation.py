@@ -23,8 +23,8 @@ from certs.errors import FleetError, ModelError, first_line
 from certs.parent import end_with_parent
 
 if TYPE_CHECKING:
-    from app.dataset import SiteDataset
     from app.evaluation import EvalResult
+    from app.frames import Frames
 
 type Result = dict[str, Any]
 """``loss``, ``rmse_deg`` (six joints) and ``frames``, or null in each and why in ``reason``."""
@@ -87,7 +87,7 @@ def main() -> None:
 def _evaluate(
     checkpoint: Path, uris: Sequence[str], config: RunConfig
 ) -> Iterator[tuple[str, Result]]:
-    opened: dict[str, SiteDataset] = {}
+    opened: dict[str, Frames] = {}
     # Before torch and lerobot, which take ten seconds: most mistakes are a wrong path.
     for uri in uris:
         try:
@@ -103,12 +103,12 @@ def _evaluate(
         return
     from app.evaluation import evaluate
 
-    for uri, dataset in opened.items():
+    for uri, frames in opened.items():
         try:
             result = evaluate(
                 policy,
                 processors,
-                dataset,
+                frames,
                 batch_size=config.batch_size,
                 batches=config.eval_batches,
                 seed=config.seed,
@@ -119,12 +119,13 @@ def _evaluate(
             yield uri, _measured(result)
 
 
-def _open(uri: str, config: RunConfig) -> "SiteDataset":
-    """The dataset with all of its episodes held out: nobody trains on them."""
+def _open(uri: str, config: RunConfig) -> "Frames":
+    """The frames of all of the dataset's episodes: nobody trains on them."""
     from app.dataset import open_dataset
+    from app.frames import Frames
 
     dataset = open_dataset(uri, held_out=config.held_out, seed=config.seed)
-    return dataclasses.replace(dataset, train_episodes=(), held_out_episodes=dataset.episodes)
+    return Frames(dataset, dataset.episodes)
 
 
 def _load(checkpoint: Path, config: RunConfig) -> tuple[Any, Any]:

@@ -37,131 +37,220 @@ class _NotHeldError(Exception):
 
 
 class Worker:
-    """Answers a site's jobs, one at a time."""
+    """Answers a site's jobs, one at a time; what they need stays loaded for the next one."""
+
+    def __init__(self) -> None:
+        self._resident = Resident()
 
     def handle(self, job: Job, progress: Progress) -> Answer:
         """The answer to a job; ``FleetError`` when it cannot be done, and whatever ``progress`` raises."""
         try:
             match job.kind:
                 case "describe":
-                    return _describe(job)
+                    return self._describe(job)
                 case "train":
-                    return _train(job, progress)
+                    return self._train(job, progress)
                 case "evaluate":
-                    return _evaluate(job, progress)
+                    return self._evaluate(job, progress)
         except _NotHeldError as error:
             _log.info("%s: %s; asking for the whole model", job.kind, error)
             return WANT_FULL
 
+    def close(self) -> None:
+        """Finish what is being written, and give all memory back."""
+        self._resident.close()
 
-def _describe(job: Job) -> Answer:
-    """Check the dataset and say what this site brings to the run, without torch."""
-    from app.preflight import check
-    from app.statistics import moments_of
+    def _describe(self, job: Job) -> Answer:
+        """Check the dataset and say what this site brings to the run, without torch."""
+        from app.preflight import check
+        from app.statistics import moments_of
 
-    request = _Request.of(job)
-    site = _Site.of(job, request)
-    if findings := check(site.dataset):
-        more = f" ({len(findings) - 1} more: 'vlafleet data check')" if findings[1:] else ""
-        raise DatasetError(findings[0] + more)
-    config = request.config
-    held = site.state.held() or payload.canonical_hash(trainables.initial(config, _base(config)))
-    described = Description.of(
-        site.name,
-        site.dataset,
-        moments_of(site.dataset),
-        held=held,
-        chunk_bytes=int(job.node.get(CHUNK_BYTES, 0)),
-    )
-    return Answer(configs={RECORD: described.record()})
+        request = _Request.of(job)
+        config, lineage = request.config, request.lineage
+        name, uri, _ = _place(job, config)
+        dataset = self._resident.site(name, uri, config, lineage).dataset
+        if findings := check(dataset):
+            more = f" ({len(findings) - 1} more: 'vlafleet data check')" if findings[1:] else ""
+            raise DatasetError(findings[0] + more)
+        held = self._resident.state(name, lineage).held()
+        described = Description.of(
+            name,
+            dataset,
+            moments_of(dataset),
+            held=held or self._resident.base(config, lineage).hash,
+            chunk_bytes=int(job.node.get(CHUNK_BYTES, 0)),
+        )
+        return Answer(configs={RECORD: described.record()})
+
+    def _train(self, job: Job, progress: Progress) -> Answer:
+        """Train the round's model on this site's episodes; the answer is the change and its metrics."""
+        work = self._prepare(job, progress)
+        from app.training import train
+
+        config, model = work.config, work.model
+        loader = work.site.loader(model, config, work.request.statistics, work.caching)
+        scale, kept = work.request.number("scale"), work.state.before(work.round)
+        ready = work.ready()
+        model.train()
+        result = train(
+            model.policy,
+            loader,
+            steps=config.local_steps,
+            batch_size=config.batch_size,
+            learning_rate=lambda step: scale * schedule.learning_rate(config, step),
+            seed=config.seed,
+            global_step=(work.round - 1) * config.local_steps,
+            progress=work.stepping(),
+            micro_batch=config.micro_batch,
+            compiled=config.compile,
+            proximal_mu=work.request.number("mu"),
+            optimizer_state=kept.optimizer if kept else None,
+            deadline=work.deadline,
+        )
+        update, residual = _update(work, kept.residual if kept else None)
+        after = Kept(None if config.reset_optimizer else result.optimizer_state, residual)
+        work.state.later(partial(work.state.keep, work.round, after))
+        if work.simulated:
+            # Another process of the simulation may have this site next.
+            work.state.settle()
+        metrics: dict[str, float | int] = {
+            "loss": float(result.mean_loss),
+            "last_loss": float(result.last_loss),
+            "grad_norm": float(result.grad_norm),
+            "frames": int(result.frames),
+            "work_seconds": float(result.seconds),
+            "ready_seconds": ready,
+        }
+        if result.proximal_loss is not None:
+            metrics["proximal_loss"] = float(result.proximal_loss)
+        return Answer(metrics={METRICS: metrics}, payload=update)
+
+    def _evaluate(self, job: Job, progress: Progress) -> Answer:
+        """Measure the round's model on this site's held-out episodes."""
+        work = self._prepare(job, progress)
+        from app.evaluation import evaluate
+
+        config, statistics = work.config, work.request.statistics
+        cache = work.site.cache("held_out", work.model, config, statistics, work.caching)
+        ready, started = work.ready(), time.monotonic()
+        result = evaluate(
+            work.model.policy,
+            work.model.processors(statistics),
+            work.site.frames("held_out"),
+            batch_size=config.batch_size,
+            batches=config.eval_batches,
+            seed=config.seed,
+            cache=cache,
+        )
+        metrics = {
+            "loss": float(result.loss),
+            "frames": int(result.frames),
+            "rmse_deg": [float(value) for value in result.rmse_deg],
+            "work_seconds": time.monotonic() - started,
+            "ready_seconds": ready,
+        }
+        return Answer(metrics={METRICS: metrics})
+
+    def _prepare(self, job: Job, progress: Progress) -> _Work:
+        """Load what differs from the last job's, and let the policy hold the round's model."""
+        started = time.monotonic()
+        request = _Request.of(job)
+        config, lineage = request.config, request.lineage
+        number = int(request.number("round"))
+        if job.payload is None:
+            raise PayloadError("missing", "The message carries no payload.")
+        # Cheap checks first: a wrong path should not cost the import of lerobot.
+        name, uri, simulated = _place(job, config)
+        site = self._resident.site(name, uri, config, lineage)
+        state = self._resident.state(name, lineage)
+        from_bytes(request.statistics.encode())
+        base = self._resident.base(config, lineage)
+        if base.frozen != job.payload.frozen:
+            raise ModelError(
+                f"The frozen tensors of model {config.model!r} at this site ({base.frozen[:12]}) are not "
+                f"the federation's ({job.payload.frozen[:12]}): install the same model at every site."
+            )
+        tensors = _tensors(job.payload, state, base)
+
+        import torch
+
+        torch.set_num_threads(config.threads)
+        model = self._resident.model(config, base, _device(job))
+        model.hold(str(job.payload.target), tensors)
+        return _Work(
+            started, job, request, number, site, state, model, tensors, job.payload, simulated, progress
+        )
 
 
-def _train(job: Job, progress: Progress) -> Answer:
-    """Train the round's model on this site's episodes; the answer is the change and its metrics."""
-    work = _prepare(job)
-    from app.training import train as train_policy
+@dataclass(frozen=True)
+class _Request:
+    """What a message says beside its payload."""
 
-    config, scale, state = work.config, work.request.number("scale"), work.site.state
-    kept = state.before(work.round) or Kept(None, None)
-    result = train_policy(
-        work.policy,
-        work.processors,
-        work.site.dataset,
-        steps=config.local_steps,
-        batch_size=config.batch_size,
-        learning_rate=lambda step: scale * schedule.learning_rate(config, step),
-        seed=config.seed,
-        global_step=(work.round - 1) * config.local_steps,
-        progress=_report(work.round, config, progress),
-        proximal_mu=work.request.number("mu"),
-        optimizer_state=kept.optimizer,
-        # When the round is over, nobody waits for this any more.
-        deadline=work.started + config.round_timeout,
-    )
-    parts, residual = [], {}
-    for name, parameter in work.trainable.items():
-        delta = parameter.detach().cpu().numpy() - work.tensors[name]
-        before = kept.residual[name] if kept.residual else None
+    config: RunConfig
+    # The run as the sites know it: a resumed run keeps its name.
+    lineage: str
+    record: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, job: Job) -> _Request:
         try:
-            encoded, _, residual[name] = payload.encode_feedback(delta, before, config.codec)
-        except ValueError as error:
-            raise PayloadError(
-                "finite", f"Training diverged in tensor {name} ({error}): lower learning-rate."
-            ) from error
-        parts.append((name, delta.shape, encoded))
-    update = payload.pack_encoded(
-        parts,
-        kind="update",
-        codec=config.codec,
-        base=work.payload.target,
-        target=None,
-        frozen=work.payload.frozen,
-    )
-    state.keep(
-        work.round,
-        Kept(
-            None if config.reset_optimizer else result.optimizer_state,
-            # fp32 leaves nothing behind.
-            residual if config.codec != "fp32" else None,
-        ),
-    )
-    metrics: dict[str, float | int] = {
-        "loss": float(result.mean_loss),
-        "last_loss": float(result.last_loss),
-        "grad_norm": float(result.grad_norm),
-        "frames": int(result.frames),
-        "work_seconds": float(result.seconds),
-        "ready_seconds": work.ready_seconds,
-    }
-    if result.proximal_loss is not None:
-        metrics["proximal_loss"] = float(result.proximal_loss)
-    return Answer(metrics={METRICS: metrics}, payload=update)
+            config = json.loads(job.request["config"])
+            return cls(RunConfig.parse(config), str(job.request["lineage"]), job.request)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PayloadError("missing", f"The request is incomplete (no {error}).") from error
+
+    @property
+    def statistics(self) -> str:
+        return str(self.record.get("statistics"))
+
+    def number(self, key: str) -> float:
+        value = self.record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PayloadError("missing", f"The request is incomplete (no {key!r}).")
+        return value
 
 
-def _evaluate(job: Job, progress: Progress) -> Answer:
-    """Measure the round's model on this site's held-out episodes."""
-    work = _prepare(job)
-    from app.evaluation import evaluate as evaluate_policy
+@dataclass(frozen=True)
+class _Work:
+    """A policy that holds the round's model, and what it is to work on."""
 
-    config = work.config
-    progress(kind="evaluate", round=work.round, rounds=config.rounds)
-    started = time.monotonic()
-    result = evaluate_policy(
-        work.policy,
-        work.processors,
-        work.site.dataset,
-        batch_size=config.batch_size,
-        batches=config.eval_batches,
-        seed=config.seed,
-    )
-    metrics = {
-        "loss": float(result.loss),
-        "frames": int(result.frames),
-        "rmse_deg": [float(value) for value in result.rmse_deg],
-        "work_seconds": time.monotonic() - started,
-        "ready_seconds": work.ready_seconds,
-    }
-    return Answer(metrics={METRICS: metrics})
+    started: float
+    job: Job
+    request: _Request
+    round: int
+    site: Site
+    state: SiteState
+    model: Model
+    # The round's model, before training; read from disk at each access.
+    tensors: Tensors
+    payload: Payload
+    simulated: bool
+    progress: Progress
+
+    @property
+    def config(self) -> RunConfig:
+        return self.request.config
+
+    @property
+    def deadline(self) -> float:
+        """When the round is over, nobody waits for this any more."""
+        return self.started + self.config.round_timeout
+
+    def ready(self) -> float:
+        """Seconds from the job's arrival until now, when work begins."""
+        seconds = time.monotonic() - self.started
+        self._log("ready after %.1f s", seconds)
+        return seconds
+
+    def caching(self, done: int, total: int) -> None:
+        """The prefixes of so many frames are there."""
+        self.progress(kind=self.job.kind, cached=done, frames=total)
+        if time.monotonic() >= self.deadline:
+            raise RunFailedError(
+                f"The round's deadline passed after {done} of {total} frames went into this site's prefix "
+                "cache: it goes on for the next round; raise round-timeout to wait for it."
+            )
+        self._log("prefix cache: %d of %d frames", done, total)
 
 
 @dataclass(frozen=True)

@@ -127,18 +127,19 @@ class Trial:
     def _evaluate(self, model: Path, policy: Any = None) -> list[Result]:
         """Every held-out frame of every site."""
         from app.evaluation import evaluate
+        from app.frames import Frames
 
         policy = policy or load_policy(model, "cpu")
         processors = self._processors(policy)
         found = []
         for name, site in self._sites.items():
-            frames = site.frames(site.held_out_episodes)
+            frames = Frames(site, site.held_out_episodes)
             result = evaluate(
                 policy,
                 processors,
-                site,
+                frames,
                 batch_size=self.config.batch_size,
-                batches=-(-frames // self.config.batch_size),
+                batches=-(-len(frames) // self.config.batch_size),
                 seed=self._split,
             )
             found.append({"site": name, **vars(result)})

@@ -1,6 +1,5 @@
 """The SuperLink's own evaluation: in another process the same numbers, and a reason where there are none."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -57,6 +56,7 @@ def test_another_process_measures_the_same_and_survives_bad_datasets(
     checkpoint: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     from app.evaluation import evaluate
+    from app.frames import Frames
     from app.policy import load_policy, load_processors
 
     broken = tmp_path / "broken"
@@ -75,9 +75,9 @@ def test_another_process_measures_the_same_and_survives_bad_datasets(
     processors = load_processors(checkpoint, policy, normalisation(moments_of(opened)))
     for uri, episodes in ((good, (0, 1, 2, 3)), (part, (1, 2))):
         # No site trains on them: all episodes count, not a held-out part.
-        dataset = dataclasses.replace(opened, train_episodes=(), held_out_episodes=episodes)
+        frames = Frames(opened, episodes)
         # Other batches of the same ten frames.
-        expected = evaluate(policy, processors, dataset, batch_size=2, batches=5, seed=3)
+        expected = evaluate(policy, processors, frames, batch_size=2, batches=5, seed=3)
         assert results[uri]["reason"] is None
         assert results[uri]["frames"] == expected.frames == 10
         assert results[uri]["loss"] == pytest.approx(expected.loss, rel=1e-6)
