@@ -9,6 +9,7 @@ the ServerApp begins with the same bytes as every site, and merges what it combi
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,8 +55,8 @@ class Adapters(Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]):
             return np.zeros(shape, np.float32)
         digest = hashlib.sha256(f"lora/{self._seed}/{name}".encode()).digest()
         stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
-        # torch's kaiming_uniform_ with a = sqrt(5), in peft's own words.
-        bound = np.float32(shape[1] ** -0.5)
+        # kaiming_uniform_ with a = sqrt(5), in peft's words; a root rounds alike everywhere.
+        bound = np.float32(1 / math.sqrt(shape[1]))
         return (stream.random(shape, dtype=np.float32) * 2 - 1) * bound
 
     def __iter__(self) -> Iterator[str]:

@@ -21,7 +21,7 @@ import pytest
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from app import payload, rounds, server_app, statistics, tensorfile
+from app import payload, rounds, server_app, statistics, tensorfile, trainables
 from app.config import RunConfig
 from app.description import Description
 from app.exchange import Exchange
@@ -65,6 +65,7 @@ class FakeSite:
 
     base: Path
     step: float
+    config: RunConfig = field(default_factory=RunConfig)
     mean: float = 0.0
     frames: int = 100
     fps: int = 30
@@ -81,7 +82,7 @@ class FakeSite:
     forgets: bool = False
 
     def __post_init__(self) -> None:
-        self.own = tensorfile.read(self.base / "model.safetensors", trainable_names(self.base))
+        self.own = dict(trainables.initial(self.config, self.base))
         self.held = dict(self.own)
 
     def answer(self, message: Message) -> Message | None:
@@ -198,11 +199,12 @@ def start(
     return runs_root() / str(run)
 
 
-def two(base: Path) -> dict[str, FakeSite]:
+def two(base: Path, **config: Any) -> dict[str, FakeSite]:
+    run = RunConfig(**config)
     # Weighted by frames: (300 * 0.5 - 100 * 0.1) / 400 = 0.35 a round.
     return {
-        "site-a": FakeSite(base, step=0.5, mean=0.0, frames=300),
-        "site-b": FakeSite(base, step=-0.1, mean=10.0, frames=100),
+        "site-a": FakeSite(base, step=0.5, config=run, mean=0.0, frames=300),
+        "site-b": FakeSite(base, step=-0.1, config=run, mean=10.0, frames=100),
     }
 
 
@@ -590,6 +592,51 @@ def test_a_resumed_run_keeps_its_settings_and_its_name(tiny_base: Path, tmp_path
     assert (again["run"], again["ended"]["reason"]) == ("17", "completed")
     assert again["runs"] == ["17", "18"]
     assert [record["round"] for record in read_rounds(directory)] == [0, 1, 2, 3]
+
+
+def test_adapters_are_exchanged_and_resumed_and_published_merged(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora: dict[str, Any] = {"exchange": "lora", "lora_rank": 4}
+    sites = two(tiny_base, **lora)
+    directory = start(sites, tiny_base, strategy="fedavgm", server_momentum=0.5, **lora)
+    # As a kill in round 3 leaves it.
+    config = read_config(directory)
+    config["config"]["rounds"], config["ended"] = 3, None
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="lora-rank=8 beside resume=true"):
+        start(sites, tiny_base, resume=True, exchange="lora", lora_rank=8)
+    # One site has what it held, the other starts anew.
+    sites["site-b"] = two(tiny_base, **lora)["site-b"]
+    start(sites, tiny_base, resume=True)
+    assert sites["site-a"].forms == ["held", "held", "delta", "held", "delta", "held", "delta"]
+    assert sites["site-b"].forms == ["full", "delta"]
+
+    first = trainables.initial(RunConfig(**lora), tiny_base)
+    adapted = trainables.targets(tiny_base)
+    assert config["model"] | {"lora_rank": 4, "lora_alpha": 8} == config["model"]
+    assert config["model"]["trainable_values"] == sum(4 * sum(shape) for shape in adapted.values())
+    base, _ = tensorfile.entries(tiny_base / "model.safetensors")
+    # Momentum, and so the server's state, goes on in the resumed round.
+    moved = 0.0
+    for number, step in enumerate((0.0, 0.35, 0.525, 0.6125)):
+        moved += step
+        path = directory / "checkpoints" / f"round-{number:04d}"
+        adapters = tensorfile.read(path / "adapters.safetensors", first)
+        for name, array in adapters.items():
+            np.testing.assert_allclose(array, first[name] + np.float32(moved), atol=1e-5)
+        found, _ = tensorfile.entries(path / "model.safetensors")
+        assert found.keys() == base.keys()
+        for name, shape in adapted.items():
+            change = 2 * adapters[f"{name}.lora_B.weight"] @ adapters[f"{name}.lora_A.weight"]
+            merged = tensorfile.read(path / "model.safetensors", [f"{name}.weight"])
+            before = tensorfile.read(tiny_base / "model.safetensors", [f"{name}.weight"])
+            assert change.shape == shape
+            (after,), (was,) = merged.values(), before.values()
+            np.testing.assert_allclose(after, was + change, atol=1e-5)
+    card = (directory / "model_card.md").read_text()
+    assert "| `exchange` | lora |" in card
+    assert "(rank 4, alpha 8)" in card
 
 
 def copy_of(base: Path, target: Path) -> Path:
