@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from threading import Lock
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from app.dataset_meta import Camera
 from certs.errors import DatasetError, StorageError, first_line
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 type Image = NDArray[np.uint8]
 
@@ -36,26 +39,48 @@ def read_encoded(
     """
     with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[key]):
+            if not pa.types.is_struct(batch[key].type):
+                raise TypeError(f"its values are of type {batch[key].type}")
             yield pc.struct_field(batch[key], "bytes").to_pylist()
 
 
 def decode_image(data: bytes | None, camera: Camera) -> Image:
     """The image [3, H, W] as lerobot decodes it. Raises OSError, SyntaxError or ValueError where it cannot be used."""
-    from PIL import ExifTags, Image, ImageOps
+    from PIL import ExifTags, ImageOps
 
-    if not data:
-        raise ValueError("the image is not in the file")
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode != "RGB":
-            raise ValueError(f"it is of Pillow's mode {image.mode} in place of RGB")
-        if (image.height, image.width) != (camera.height, camera.width):
-            raise ValueError(
-                f"it is {image.width}x{image.height} pixels, meta/info.json says {camera.width}x{camera.height}"
-            )
+        _require(image, camera)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def verify_image(data: bytes | None, camera: Camera) -> None:
+    """Look at an image's header and checksums, without decoding it. Raises as :func:`decode_image` does."""
+    with _open(data) as image:
+        _require(image, camera)
+        image.verify()
+
+
+def _open(data: bytes | None) -> "PIL.Image.Image":
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise ValueError("the image is not in the file")
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("it is in no image format") from None
+
+
+def _require(image: "PIL.Image.Image", camera: Camera) -> None:
+    if (image.height, image.width) != (camera.height, camera.width):
+        raise ValueError(
+            f"it is {image.width}x{image.height} pixels, meta/info.json says {camera.width}x{camera.height}"
+        )
+    if image.mode != "RGB":
+        raise ValueError(f"it is of Pillow's mode {image.mode} in place of RGB")
 
 
 class StoredImages:
@@ -172,7 +197,7 @@ class StoredImages:
 def _readable(path: Path, camera: Camera) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DatasetError(
             f"{path} does not hold {camera.key} as images ({first_line(error)}): record the dataset again."
         ) from error

@@ -37,8 +37,7 @@ class VideoIndex:
     key: NDArray[np.int64]
 
 
-def read_index(container: Any, stream: Any) -> VideoIndex:
-    """Read through an opened file without decoding it."""
+def _read_index(container: Any, stream: Any) -> VideoIndex:
     packets = sorted(
         (packet.pts, packet.is_keyframe)
         for packet in container.demux(stream)
@@ -83,7 +82,7 @@ class Video:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
             self._stream.thread_type = threads
-            self.index = index or read_index(self._container, self._stream)
+            self.index = index or _read_index(self._container, self._stream)
         # FFmpeg's errors are ValueErrors and OSErrors; a file without a video stream is an IndexError.
         except (OSError, ValueError, IndexError) as error:
             raise self._unreadable(error) from error
@@ -96,6 +95,11 @@ class Video:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self._stream.height, self._stream.width
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, on average."""
+        return float(self._stream.average_rate or 0)
 
     def close(self) -> None:
         self._container.close()

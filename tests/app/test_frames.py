@@ -1,5 +1,6 @@
 """Frames against LeRobotDataset: the same columns, windows and images to the bit, whatever the files look like."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from app.dataset import SiteDataset, open_dataset
@@ -278,6 +280,57 @@ def test_a_damaged_video_is_one_sentence(fault: str, copy: Path) -> None:
         dataset = _open(copy)
     frames = Frames(dataset, dataset.episodes)
     for read in (lambda: list(frames.decode()), lambda: frames.images(range(len(frames)))):
+        with pytest.raises(DatasetError, match=expected) as caught:
+            read()
+        assert str(copy) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def _replace(frame: int, image: dict[str, Any]) -> Callable[[Path], None]:
+    """Put another image in the first camera's column, in a file of one row group."""
+
+    def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*rows[:frame], image, *rows[frame + 1 :]]
+
+    return lambda root: edit_column(data(root), "observation.images.top", change)
+
+
+def _png(height: int, width: int, mode: str = "RGB") -> dict[str, Any]:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+STORED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no image": (_replace(14, {"bytes": None, "path": "x.png"}), "row 14 .* not in the file"),
+    "no png": (_replace(14, {"bytes": b"no png", "path": None}), "row 14 .* in no image format"),
+    "cut": (
+        _replace(14, {"bytes": _png(96, 128)["bytes"][:-40], "path": None}),
+        "row 14 .* cannot be used",
+    ),
+    "of another size": (_replace(14, _png(48, 64)), "row 14 .* 64x48 pixels, .* says 128x96"),
+    "grey": (_replace(14, _png(96, 128, "L")), "row 14 .* mode L"),
+    "numbers": (
+        lambda root: edit_column(
+            data(root), "observation.images.top", lambda rows: [1] * len(rows), pa.int64()
+        ),
+        "does not hold observation.images.top as images .*int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", STORED)
+def test_a_damaged_image_is_one_sentence(
+    fault: str, datasets: dict[str, Path], tmp_path: Path, home: Path
+) -> None:
+    damage, expected = STORED[fault]
+    copy = shutil.copytree(datasets["images"], tmp_path / "copy")
+    damage(copy)
+    dataset = _open(copy)
+    frames = Frames(dataset, dataset.episodes)
+    for read in (lambda: list(frames.decode()), lambda: frames.images([20, 14])):
         with pytest.raises(DatasetError, match=expected) as caught:
             read()
         assert str(copy) in str(caught.value)
