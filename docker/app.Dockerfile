@@ -1,5 +1,5 @@
-# The app: SuperExec with the ServerApp or the ClientApp it starts. The one image with torch and lerobot; PyAV and
-# opencv bring their own FFmpeg, so it needs no system packages.
+# The app: SuperExec with the ServerApp or the ClientApp it starts, and a site's resident trainer. The one image with
+# torch and lerobot; PyAV and opencv bring their own FFmpeg, so it needs no system packages.
 ARG BASE_IMAGE=python:3.12-slim@sha256:57cd7c3a7a273101a6485ba99423ee568157882804b1124b4dd04266317710de
 
 # uv, by hash. It is mounted where it is needed and is in no layer of the image.
@@ -34,7 +34,8 @@ RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
 # A number of its own, so that a file mode means the same on the host; the directories exist with that owner, so that
 # named volumes mounted there belong to it.
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin vlafleet \
-    && install -d -o vlafleet -g vlafleet -m 0700 /identity /runs /fetched /var/lib/vlafleet/sites
+    && install -d -o vlafleet -g vlafleet -m 0700 /identity /runs /fetched \
+        /var/lib/vlafleet/sites /var/lib/vlafleet/cache
 
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
