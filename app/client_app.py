@@ -1,12 +1,14 @@
-"""The ClientApp: hands each message to the site's worker, and its answer back.
+"""The ClientApp: hands each message to the site's resident trainer, and its answer back.
 
-Flower starts a process for each message, so this module imports neither torch nor lerobot.
+Flower starts a process for each message, so this module imports neither torch nor lerobot. Where no
+trainer runs the process does the work itself: in the simulation, whose processes serve many messages.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +16,10 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from app import payload
+from app import payload, trainer_client
 from app.job import REQUEST, Answer, Job, Kind, Record
 from app.payload import PayloadError
+from app.supervisor import SOCKET
 from app.worker import Worker
 from certs.errors import FleetError
 from certs.flower import set_chunk_size
@@ -61,12 +64,14 @@ def _request(message: Message) -> Record:
 
 
 def _submit(job: Job) -> Answer:
+    if SOCKET in os.environ:
+        return trainer_client.submit(job)
     return _worker().handle(job, _unwatched)
 
 
 @functools.cache
 def _worker() -> Worker:
-    """This process's own; a simulated site's process lives on, and what it loaded with it."""
+    """This process's own, with what it has loaded."""
     return Worker()
 
 

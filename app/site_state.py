@@ -1,8 +1,8 @@
 """What a site keeps on its own disk between two messages: the model it holds, and its training state.
 
-Flower starts a process for every message. Without the held model every round would be a full
-broadcast, without the optimiser's moments every round would start cold, and without the residual
-what a codec rounds away would be lost (error feedback). None of it leaves the site.
+Without the held model every round would be a full broadcast, without the optimiser's moments every
+round would start cold, and without the residual what a codec rounds away would be lost (error
+feedback). None of it leaves the site.
 
 A lineage (one run, however often it is resumed) has a directory with numbered safetensors files,
 and an index that names those in use. Replacing the index is the one step that changes anything: a
@@ -18,7 +18,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,6 +97,15 @@ class SiteState:
                 "dashes, beginning with a letter or digit."
             )
         self._folder = root / lineage
+        # The state that was kept last, by what the index says of it.
+        self._recent: tuple[_State, Kept] | None = None
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See what other processes of this site have written; raises what a ``later`` write raised."""
+        self.settle()
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -106,6 +116,30 @@ class SiteState:
             self._index = self._whole(read)
             if self._index != read:
                 self._commit(self._index)
+
+    def later(self, write: Callable[[], None]) -> None:
+        """Let a thread do ``write``, a call of ``keep`` or ``keep_model``; :meth:`settle` before anything else."""
+        self.settle()
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:  # noqa: BLE001 (raised by settle)
+                self._failure = error
+                _log.error("%s", error)
+
+        # No daemon: a process that ends writes first.
+        self._writer = threading.Thread(target=run, name="site-state")
+        self._writer.start()
+
+    def settle(self) -> None:
+        """Wait until what ``later`` was given is on disk; raises what it raised, once."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure:
+            raise failure
 
     def held(self) -> str | None:
         """The canonical hash of the model this site holds."""
@@ -139,6 +173,8 @@ class SiteState:
         if not states:
             return None
         state = states[-1]
+        if self._recent and self._recent[0] == state:
+            return self._recent[1]
         return Kept(
             OptimizerState(state.step, self._open(state.optimizer)) if state.optimizer else None,
             self._open(state.residual) if state.residual else None,
@@ -147,8 +183,10 @@ class SiteState:
     def keep(self, number: int, kept: Kept) -> None:
         """Keep the training state after round ``number``, in place of that round's and later ones'.
 
-        The newest two stay: a round that is done again must start where it started.
+        The newest two stay: a round that is done again must start where it started. ``kept`` itself
+        stays in memory until the next one, for the round that follows.
         """
+        self._recent = None
         with self._locked():
             index = self._read()
             names: list[str | None] = []
@@ -163,6 +201,7 @@ class SiteState:
             state = _State(number, kept.optimizer.step if kept.optimizer else 0, *names)
             earlier = [state for state in index.states if state.round < number]
             self._commit(replace(index, states=(*earlier[1 - _STATES :], state)))
+        self._recent = (state, kept)
 
     def _open(self, name: str) -> Lazy:
         path = self._folder / name

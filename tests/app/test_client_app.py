@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,6 +288,10 @@ def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
 
 
 def state_of(site: str, lineage: str = "17") -> SiteState:
+    # Written once the answer is handed over.
+    for thread in threading.enumerate():
+        if thread.name == "site-state":
+            thread.join()
     return SiteState(home() / "sites" / site, lineage)
 
 
