@@ -112,7 +112,7 @@ def train(
     if not run.finish(size):
         smaller = math.ceil(size / 2)
         if size > 1:
-            _log.warning("%s: going on with micro-batch %d", _no_room(loader.device, size), smaller)
+            _log.warning("%s: training goes on with %d", _no_room(loader.device, size), smaller)
         if size == 1 or not run.finish(smaller):
             raise RunFailedError(
                 f"{_no_room(loader.device, smaller)}: lower micro-batch or batch-size, or end what else uses it."
@@ -437,7 +437,7 @@ def _noise_seed(seed: int, step: int) -> int:
 
 
 def _no_room(device: "torch.device", frames: int) -> str:
-    return f"{device} has not the memory to train on {frames} frames at a time"
+    return f"This site's device ({device}) has too little memory for a micro-batch of {frames}"
 
 
 def _require_finite(
