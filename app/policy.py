@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from app import hub, tensorfile
 from app.dataset_meta import JOINTS
-from app.tensorfile import WEIGHTS
+from app.tensorfile import WEIGHTS, Lazy
 from app.tiny_base import ensure_tiny_base
 from certs.errors import ModelError
 
@@ -122,10 +122,14 @@ def load_policy(base: Path, device: str) -> "SmolVLAPolicy":
             f"{base / WEIGHTS} does not hold the tensors its config.json describes "
             f"({str(error).splitlines()[0]}): fetch or export the model again."
         ) from error
-    # AdamW on bfloat16 weights loses most updates: float32 masters.
-    frozen = _frozen_dtype(device)
-    for parameter in policy.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    # AdamW on bfloat16 weights loses most updates: float32 masters. They are read anew, for lerobot rounds what it
+    # loads to bfloat16, and a checkpoint's are float32.
+    frozen, masters = _frozen_dtype(device), Lazy(base / WEIGHTS, trainable_names(base))
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.tensor(masters[name], device=parameter.device)
+        else:
+            parameter.data = parameter.data.to(frozen)
     return policy
 
 

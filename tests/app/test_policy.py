@@ -58,6 +58,20 @@ def test_masters_are_float32_and_equal_the_file(tiny_base: Path, policy: Any) ->
         assert torch.equal(parameter, stored[name].float()), name
 
 
+def test_float32_weights_of_a_checkpoint_are_not_rounded(copy: Path) -> None:
+    import torch
+
+    from app import tensorfile
+
+    file, names = copy / "model.safetensors", trainable_names(copy)
+    # Not one of these is a bfloat16.
+    finer = {name: array + np.float32(1e-5) for name, array in tensorfile.read(file, names).items()}
+    tensorfile.write(copy / "finer", finer, base=file)
+    (copy / "finer").rename(file)
+    for name, parameter in trainable_tensors(load_policy(copy, "cpu")).items():
+        assert torch.equal(parameter, torch.from_numpy(finer[name])), name
+
+
 def test_our_path_computes_what_lerobots_own_path_computes(tiny_base: Path, policy: Any) -> None:
     import torch
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
