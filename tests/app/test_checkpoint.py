@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app import tensorfile
+from app import tensorfile, trainables
 from app.checkpoint import SERVER, UPDATE, Checkpoint, newest, read_federation
+from app.config import RunConfig
 from app.payload import Payload, Tensors, canonical_hash, pack
-from app.policy import CAMERAS, frozen_hash, resolve_model, trainable_names
+from app.policy import CAMERAS, frozen_hash, load_policy, resolve_model, trainable_names
 from certs.errors import ModelError, StorageError
 
+LORA = RunConfig(exchange="lora")
 NORMALISATION = {
     "observation.state": {
         "mean": np.arange(6, dtype=np.float64),
@@ -91,6 +93,86 @@ def test_lerobot_opens_it_strictly_and_predicts_with_its_own_processors(
     actions = post(chunk)
     torch.testing.assert_close(actions, chunk * 3 - 10)
     assert torch.isfinite(actions).all()
+
+
+def adapters(base: Path) -> Tensors:
+    fresh = trainables.initial(LORA, base)
+    return {name: array + np.float32(0.03125) for name, array in fresh.items()}
+
+
+def write_merged(checkpoints: Path, base: Path) -> Path:
+    tensors = adapters(base)
+    with Checkpoint(
+        checkpoints,
+        3,
+        base=base,
+        shapes={name: array.shape for name, array in tensors.items()},
+        states=(),
+        normalisation=NORMALISATION,
+        exchange="lora",
+    ) as checkpoint:
+        for name in sorted(tensors, reverse=True):
+            checkpoint.put(name, tensors[name])
+        assert checkpoint.finish({"round": 3}, None) == canonical_hash(tensors)
+    return checkpoints / "round-0003"
+
+
+def test_adapters_are_merged_into_a_policy_that_lerobot_opens(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    import torch
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    from app.lora import attach
+
+    path = write_merged(tmp_path, tiny_base)
+    own = adapters(tiny_base)
+    stored = tensorfile.read(path / "adapters.safetensors", own)
+    assert canonical_hash(stored) == canonical_hash(own)
+    # The base's tensors by name and type; what is not adapted to the byte.
+    file, before = path / "model.safetensors", tiny_base / "model.safetensors"
+    found, expected = tensorfile.entries(file)[0], tensorfile.entries(before)[0]
+    changed = {f"{layer}.weight" for layer in trainables.targets(tiny_base)}
+    assert found.keys() == expected.keys()
+    for name, entry in found.items():
+        same = list(tensorfile.blocks(file, entry)) == list(
+            tensorfile.blocks(before, expected[name])
+        )
+        assert same == (name not in changed), name
+        assert entry.dtype == ("F32" if name in changed else expected[name].dtype)
+
+    policy = SmolVLAPolicy.from_pretrained(path, strict=True).float()
+    ours, adapted = load_policy(path, "cpu"), load_policy(tiny_base, "cpu")
+    random = torch.Generator().manual_seed(0)
+    inputs = {
+        "observation.state": torch.rand(2, 6, generator=random),
+        "observation.language.tokens": torch.arange(16).reshape(2, 8),
+        "observation.language.attention_mask": torch.ones(2, 8, dtype=torch.bool),
+        "observation.images.camera1": torch.rand(2, 3, 64, 64, generator=random),
+    }
+    noise = torch.randn(2, 50, 32, generator=random)
+    with torch.no_grad():
+        unadapted = adapted.predict_action_chunk(dict(inputs), noise=noise)
+        attach(adapted, LORA.lora_rank)
+        for name, array in own.items():
+            adapted.get_parameter(name).copy_(torch.from_numpy(array))
+        expected_chunk = adapted.predict_action_chunk(dict(inputs), noise=noise)
+        assert (expected_chunk - unadapted).abs().max() > 0.1
+        # lerobot rounds the weights it loads to bfloat16.
+        for loaded, tolerance in ((ours, 1e-5), (policy, 0.02)):
+            chunk = loaded.predict_action_chunk(dict(inputs), noise=noise)
+            torch.testing.assert_close(chunk, expected_chunk, rtol=0, atol=tolerance)
+
+
+def test_a_merged_checkpoint_is_a_base_for_another_run(
+    tiny_base: Path, tmp_path: Path, models: Path
+) -> None:
+    path = write_merged(tmp_path, tiny_base)
+    base = resolve_model(str(path), models)
+    assert frozen_hash(base) == frozen_hash(tiny_base)
+    assert trainable_names(base) == trainable_names(tiny_base)
+    # Of adapters, which begin anew, too.
+    assert trainables.targets(base) == trainables.targets(tiny_base)
 
 
 def test_it_is_a_base_for_another_run(written: Path, tiny_base: Path, models: Path) -> None:

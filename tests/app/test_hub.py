@@ -124,6 +124,14 @@ def test_what_was_published_trains_on(hub: Hub, checkpoint: Path, tiny_base: Pat
     assert len(list(load_policy(base, "cpu").parameters())) > 100
 
 
+def test_adapters_are_published_beside_the_policy(hub: Hub, checkpoint: Path) -> None:
+    (checkpoint / "adapters.safetensors").write_bytes(b"adapters")
+    pushed(hub, checkpoint)
+    folder = hub.repositories[KEY]
+    assert {path.name for path in folder.iterdir()} == POLICY | {"adapters.safetensors"}
+    assert (folder / "adapters.safetensors").read_bytes() == b"adapters"
+
+
 def test_a_second_push_is_a_second_commit(hub: Hub, checkpoint: Path) -> None:
     pushed(hub, checkpoint)
     hub.requests.clear()

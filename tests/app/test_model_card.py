@@ -92,12 +92,26 @@ def test_it_says_what_it_was_trained_on(tmp_path: Path) -> None:
     assert "- Frames: 762 trained on, 194 held out\n" in text
     assert '- Tasks: "Pick up the red block."\n' in text
     assert "- Sites whose updates are in the model: 1 of 2\n" in text
-    assert "99,880,992 values" in text
+    assert "- Trained: 99,880,992 values outside the VLM, which stayed frozen\n" in text
     settings = rows(text)
     assert settings["`codec`"] == ["bf16"]
     # Of settings that depend on others, those with an effect alone.
     assert "`server-beta2`" in settings
     assert "`trim`" not in settings
+    assert settings["`exchange`"] == ["expert"]
+    assert "`lora-rank`" not in settings
+
+
+def test_it_says_of_adapters_what_they_are(tmp_path: Path) -> None:
+    directory = run(tmp_path, rounds(2.0, 1.0), exchange="lora", lora_rank=32)
+    text = write_model_card(directory).read_text()
+    assert (
+        "- Trained: 99,880,992 values of low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)), merged into the "
+        "weights; all else stayed\n  frozen. `adapters.safetensors` holds them alone, under peft's names (rank 32, "
+        "alpha 8)\n- Base model: " in text
+    )
+    assert rows(text)["`exchange`"] == ["lora"]
+    assert rows(text)["`lora-rank`"] == ["32"]
 
 
 def test_losses_are_against_round_0_and_null_is_not_measured(tmp_path: Path) -> None:
