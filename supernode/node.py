@@ -19,6 +19,7 @@ from certs.identity import Identity
 from certs.link import CHUNK_BYTES
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
+from supernode import stopped_runs
 from supernode.link import settle
 
 _log = logging.getLogger("vlafleet.supernode")
@@ -66,6 +67,12 @@ def serve(
     try:
         transfer = settle(identity, superlink)
         set_concurrency(transfer.concurrency)
+        threading.Thread(
+            target=stopped_runs.watch,
+            args=(factory.state(), identity, superlink, key),
+            name="stopped-runs",
+            daemon=True,
+        ).start()
         start_client_internal(
             state_factory=factory,
             server_address=superlink,
