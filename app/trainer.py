@@ -52,6 +52,10 @@ class Handler(Protocol):
         """Do one job; ``FleetError`` says why it cannot be done."""
         ...
 
+    def close(self) -> None:
+        """Finish what is being written."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Ticket:
@@ -203,7 +207,10 @@ def main(make: Callable[[], Handler] = worker) -> None:
     # Where Flower was imported, its logger has a handler of its own.
     logging.getLogger("flwr").propagate = not logging.getLogger("flwr").handlers
     _log.info("ready after %.1f s", time.monotonic() - started)
-    Trainer(handler).serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        Trainer(handler).serve(socket.socket(fileno=int(sys.argv[1])))
+    finally:
+        handler.close()
 
 
 def _job(header: Mapping[str, Any], payload: Payload | None) -> Job:

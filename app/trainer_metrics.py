@@ -27,6 +27,8 @@ _PROGRESS = {
     "steps": ("steps", "Training steps of a round."),
     "loss": ("loss", "The training loss that was last reported."),
     "samples_per_second": ("samples_per_second", "Frames trained on in a second."),
+    "cached": ("cached_frames", "Frames whose prefix the cache has, while it is made."),
+    "frames": ("frames", "Frames of the dataset that the cache is made for."),
     "data_wait": ("data_wait_ratio", "The share of training time spent waiting for data."),
 }
 

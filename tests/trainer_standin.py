@@ -16,9 +16,11 @@ class StandIn:
 
     def __init__(self) -> None:
         self.jobs = 0
+        self.mark = ""
 
     def handle(self, job: Job, progress: Progress) -> Answer:
         self.jobs += 1
+        self.mark = str(job.request.get("mark", ""))
         progress(round=1, step=3, loss=0.5, samples_per_second=8.0, cache_tier="memory")
         match job.request["do"]:
             case "wait":
@@ -37,6 +39,11 @@ class StandIn:
             metrics={"who": {"pid": os.getpid(), "jobs": self.jobs}},
             payload=job.payload,
         )
+
+    def close(self) -> None:
+        """Leave a mark where the job before asked for one."""
+        if self.mark:
+            Path(self.mark).touch()
 
     def _wait(self, job: Job, progress: Progress) -> None:
         """Until the file ``go`` is there; ``begun`` and ``cancelled`` tell how far it came."""

@@ -368,7 +368,10 @@ def test_a_cancelled_job_that_does_not_notice_costs_the_trainer(tmp_path: Path) 
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     with running() as path:
         pid = pid_of(path)
+        submit(job("echo", mark=str(tmp_path / "closed")))
     assert not Path("/proc", str(pid)).exists()
+    # It finished what it was writing before it went.
+    assert (tmp_path / "closed").exists()
     assert not path.parent.exists()
     with pytest.raises(RunFailedError, match="cannot be reached"):
         trainer_client.metrics(path)
