@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from app import memory, prefix_store
 from app.policy import Processors
-from app.prefix_store import DeviceStore, DiskStore, HostStore, Layout, Store
+from app.prefix_store import DeviceStore, DiskStore, HostStore, Layout, Store, moved
 from certs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ class PrefixCache:
         Raises ConfigError when the chosen tier has not the space, DatasetError for images that cannot be read,
         StorageError when the disk refuses.
         """
+        import torch
+
         from app.prefix import unfit
 
         cache = cls(policy, processors, frames, np.unique(np.asarray(rows, np.int64)), augment)
@@ -136,8 +138,12 @@ class PrefixCache:
         if reason:
             _log.info("No prefix cache, the VLM sees every batch: %s.", reason)
             return cache
+        device = torch.device(policy.config.device)
         try:
             cache._fill(choice, frozen, folder, progress)
+            if device.type == "cuda":
+                # Whoever reads may do so on another stream than this one.
+                torch.cuda.synchronize(device)
         except BaseException:
             cache.close()
             raise
@@ -167,7 +173,6 @@ class PrefixCache:
         """Give the memory back; a file stays for the next process."""
         if self._store:
             self._store.close()
-            self._store = None
 
     def _fill(self, choice: str, frozen: str, folder: Path, progress: Progress) -> None:
         """Take the first tier that is asked for and has the space, and build what it does not hold yet."""
@@ -315,9 +320,7 @@ class PrefixCache:
 
     def _of_tasks(self, table: "torch.Tensor", rows: NDArray[np.int64]) -> "torch.Tensor":
         """Each row's line of a table [tasks, ...]."""
-        import torch
-
-        return table.index_select(0, torch.from_numpy(self._tasks.number[rows]).to(table.device))
+        return table.index_select(0, moved(self._tasks.number[rows], table.device))
 
 
 def _tasks(processors: Processors, frames: "Frames", rows: NDArray[np.int64]) -> _Tasks:

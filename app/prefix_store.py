@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,14 @@ class Layout:
         return self.count * self.row_bytes
 
 
+def moved(numbers: NDArray[np.int64], device: "torch.device") -> "torch.Tensor":
+    """``numbers`` on the device; from pinned memory the copy does not wait for the work before it."""
+    import torch
+
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Store(Protocol):
     """Rows at slots 0 to count - 1; ``filled`` where they are there from the start."""
 
@@ -76,14 +85,12 @@ class DeviceStore:
     filled = False
 
     def __init__(self, layout: Layout) -> None:
-        import torch
-
-        self._data: torch.Tensor | None = torch.empty(
-            (layout.count, *layout.row), dtype=layout.dtype, device=layout.device
-        )
+        self._device = layout.device
+        self._data: torch.Tensor | None = self._allocate(layout)
 
     @property
     def data(self) -> "torch.Tensor":
+        """The rows [count, *row]. Raises ValueError once the store is closed."""
         if self._data is None:
             raise ValueError("the store is closed")
         return self._data
@@ -95,22 +102,27 @@ class DeviceStore:
         """Nothing is left to do."""
 
     def read(self, slots: NDArray[np.int64]) -> "torch.Tensor":
-        import torch
-
-        return self.data.index_select(0, torch.from_numpy(slots).to(self.data.device))
+        return self.data.index_select(0, moved(slots, self.data.device))
 
     def close(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            # Reads on another stream may still be under way.
+            torch.cuda.synchronize(self._device)
         self._data = None
+
+    def _allocate(self, layout: Layout) -> "torch.Tensor":
+        import torch
+
+        return torch.empty((layout.count, *layout.row), dtype=layout.dtype, device=layout.device)
 
 
 class HostStore(DeviceStore):
     """Rows in host memory; where the device is a GPU, page-locked, so that it fetches each row without the CPU."""
 
     def __init__(self, layout: Layout) -> None:
-        import torch
-
-        super().__init__(Layout(layout.count, layout.row, layout.dtype, torch.device("cpu")))
-        self._device = layout.device
+        super().__init__(layout)
         self._locked = layout.device.type == "cuda" and self._lock()
 
     def read(self, slots: NDArray[np.int64]) -> "torch.Tensor":
@@ -128,12 +140,16 @@ class HostStore(DeviceStore):
         if self._locked:
             import torch
 
-            # Copies that were asked for may still be under way.
             torch.cuda.synchronize(self._device)
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             runtime.cudaHostUnregister(self.data.data_ptr())
             self._locked = False
         super().close()
+
+    def _allocate(self, layout: Layout) -> "torch.Tensor":
+        import torch
+
+        return torch.empty((layout.count, *layout.row), dtype=layout.dtype)
 
     def _lock(self) -> bool:
         """Page-lock the rows where they are: torch's own pinned allocator rounds up to a power of two."""
@@ -168,7 +184,7 @@ class DiskStore:
         self, folder: Path, key: str, layout: Layout, progress: Callable[[int, int], None]
     ) -> None:
         self._layout, self._path = layout, folder / f"{key}{_SUFFIX}"
-        self._work = folder / f".{key}.{os.getpid()}{_SUFFIX}.tmp"
+        self._work = folder / f".{key}.{uuid4().hex}{_SUFFIX}.tmp"
         self._sums = np.zeros(layout.count, "<u4")
         self._file = -1
         self._pool = ThreadPoolExecutor(_READERS)
@@ -267,7 +283,7 @@ class DiskStore:
         """An empty file with its whole space taken, in place of files that were not used for longest."""
         needed = self._layout.size + self._sums.nbytes
         _evict(self._path.parent, needed)
-        file = os.open(self._work, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        file = os.open(self._work, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX)
         self._file = file
         # A disk that is too small says so now and not after minutes.

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,14 @@ def test_each_frame_is_decoded_once_and_told(
     assert told == [(16, 20), (20, 20)]
 
 
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_a_closed_cache_gives_nothing(tier: str, opened: Open) -> None:
+    cache = opened(tier)
+    cache.close()
+    with pytest.raises((ValueError, RuntimeError)):
+        cache.prefix([0])
+
+
 def test_a_row_that_was_not_asked_for_is_refused(opened: Open) -> None:
     with pytest.raises(ValueError, match="row 1 "):
         opened("memory").prefix([0, 1])
@@ -198,6 +207,101 @@ def test_auto_takes_the_fastest_tier_that_has_the_space(
     assert "No prefix cache" in caplog.text
     assert "10 frames of" in caplog.text
     assert cache.prefix([0]).mask.any()
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the device's own memory, which is the host's here, be a GPU's of which so many bytes are free."""
+    real = PrefixCache._plans
+
+    def free(room: int) -> None:
+        def plans(self: PrefixCache, folder: Path) -> Any:
+            found, masks = real(self, folder)
+            kv = next(plan for plan in found if plan.tier == "memory")
+            embeddings = next(plan for plan in found if plan.tier == "embeddings")
+            return [
+                replace(kv, tier="gpu", place="gpu", room=room),
+                *(plan for plan in found if plan.tier != "embeddings"),
+                replace(embeddings, place="gpu", room=room),
+                *(plan for plan in found if plan.tier == "embeddings"),
+            ], masks
+
+        monkeypatch.setattr(PrefixCache, "_plans", plans)
+
+    return free
+
+
+def test_gpu_memory_is_taken_first(
+    opened: Open, room: Callable[[int, int], None], with_gpu: Callable[[int], None]
+) -> None:
+    import torch
+
+    kv, embeddings = sizes(opened("none"))
+    expected = opened("memory", range(10)).prefix([1, 3]).kv
+    room(10 * kv, 10 * kv)
+    with_gpu(10 * kv)
+    cache = opened("auto", range(10))
+    assert cache.tier == "gpu"
+    assert torch.equal(cache.prefix([1, 3]).kv, expected)
+    with_gpu(10 * kv - 1)
+    assert opened("auto", range(10)).tier == "memory"
+    room(0, 0)
+    assert opened("auto", range(10)).tier == "embeddings"
+    with_gpu(10 * embeddings - 1)
+    assert opened("auto", range(10)).tier == "none"
+
+
+def test_gpu_memory_that_is_gone_when_it_is_asked_for(
+    opened: Open, with_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from app import prefix_cache
+
+    def gone(_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(prefix_cache, "DeviceStore", gone)
+    with_gpu(1 << 40)
+    assert opened("auto").tier == "memory"
+
+
+def test_on_a_gpu_all_tiers_hold_the_same_bytes(
+    tiny_base: Path, dataset: SiteDataset, frames: Frames, tmp_path: Path
+) -> None:
+    import torch
+
+    from app.prefix import compute
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    policy = load_policy(tiny_base, "cuda")
+    processors = load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
+    rows = [40, 2, 8, 40, 98, 4]
+    expected = compute(policy, batch_of(processors, frames, rows)).kv
+    found = {}
+    for tier in ("gpu", "memory", "disk", "embeddings", "none"):
+        cache = PrefixCache.open(
+            policy,
+            processors,
+            frames,
+            range(0, len(frames), 2),
+            choice=tier,
+            frozen="",
+            folder=tmp_path,
+            progress=lambda *_: None,
+        )
+        assert cache.tier == tier
+        # As a thread that works ahead does.
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            found[tier] = cache.prefix(rows).kv.clone()
+        cache.close()
+        assert found[tier].device.type == "cuda"
+        assert found[tier].dtype == torch.bfloat16
+        # bfloat16 resolves 2^-8.
+        torch.testing.assert_close(found[tier], expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(found["gpu"], found["memory"])
+    assert torch.equal(found["gpu"], found["disk"])
 
 
 @pytest.mark.parametrize("tier", KEPT)
