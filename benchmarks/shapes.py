@@ -8,8 +8,13 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
 # Tensors and values that training changes, of 500 tensors and 450,046,176 values in all.
 TENSORS, VALUES = 155, 99_880_992
@@ -60,40 +65,82 @@ SHAPES: dict[str, tuple[int, ...]] = dict(
 def derive() -> dict[str, tuple[int, ...]]:
     """The trainable tensors of SmolVLA as lerobot builds it over SmolVLM2-500M's configuration."""
     import torch
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     from app.tiny_base import ensure_tiny_base
 
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-        # The tiny model's tokenizer and processor have no weights, and stand in for the real ones.
+    with tempfile.TemporaryDirectory() as place:
         vlm = ensure_tiny_base(Path(place)).parent / "vlm"
-        _resize(vlm / "config.json")
-        cameras = {
-            f"observation.images.camera{number}": PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
-            for number in (1, 2, 3)
-        }
-        config = SmolVLAConfig(
-            vlm_model_name=str(vlm),
-            load_vlm_weights=False,
-            num_vlm_layers=_LAYERS,
-            num_expert_layers=0,
-            input_features={
-                "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
-                **cameras,
-            },
-            output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
-            device="cpu",
-            push_to_hub=False,
-        )
         with torch.device("meta"):
-            policy = SmolVLAPolicy(config)
+            policy = smolvla(vlm)
     return {
         name: tuple(parameter.shape)
         for name, parameter in sorted(policy.named_parameters())
         if parameter.requires_grad
     }
+
+
+def smolvla(vlm: Path) -> "SmolVLAPolicy":
+    """SmolVLA in its real size on torch's default device, its values whatever they are.
+
+    The tiny model's tokenizer and processor in ``vlm`` have no weights, and stand in for the real ones; its
+    configuration is changed.
+    """
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    _resize(vlm / "config.json")
+    cameras = {
+        f"observation.images.camera{number}": PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
+        for number in (1, 2, 3)
+    }
+    config = SmolVLAConfig(
+        vlm_model_name=str(vlm),
+        load_vlm_weights=False,
+        num_vlm_layers=_LAYERS,
+        num_expert_layers=0,
+        prefix_length=0,
+        pad_language_to="max_length",
+        input_features={"observation.state": PolicyFeature(FeatureType.STATE, (6,)), **cameras},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
+        device="cpu",
+        push_to_hub=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return SmolVLAPolicy(config)
+
+
+def real_size(models: Path) -> Path:
+    """The directory of a base of the real size with random values, generated below ``models`` (2 GB) if need be."""
+    import torch
+
+    from app.tiny_base import ensure_tiny_base
+
+    tiny, target = ensure_tiny_base(models), models / "real"
+    if not target.exists():
+        work = models / ".real"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(tiny.parent, work)
+        with torch.device("meta"):
+            policy = smolvla(work / "vlm")
+        # The real model's file holds bfloat16 too.
+        policy.to(torch.bfloat16).to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    # Variance 1/fan-in: activations stay of order 1.
+                    deviation = parameter[0].numel() ** -0.5
+                    parameter.normal_(0, deviation, generator=generator)
+        policy.config.vlm_model_name = str(target.resolve() / "vlm")
+        policy.save_pretrained(work / "base")
+        for file in (work / "base").glob("policy_*.json"):
+            named = str(tiny.parent.resolve() / "vlm")
+            file.write_text(file.read_text().replace(named, policy.config.vlm_model_name))
+        work.rename(target)
+    return target / "base"
 
 
 def _resize(path: Path) -> None:
