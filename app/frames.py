@@ -7,9 +7,10 @@ image-encoded window. Here states, actions and padding are slices of arrays, and
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,16 +85,23 @@ class Frames:
     def images(self, rows: Rows) -> dict[str, Image]:
         """Each camera's images of these rows, in any order: [B, 3, H, W]."""
         wanted = np.asarray(rows).tolist()
-        return {key: images.fetch(wanted) for key, images in self._images.items()}
+        with ThreadPoolExecutor(len(self._images)) as threads:
+            found = threads.map(lambda images: images.fetch(wanted), self._images.values())
+            return dict(zip(self._images, found, strict=True))
 
     def decode(self, rows: Rows | None = None) -> Iterator[tuple[int, dict[str, Image]]]:
         """One pass over these rows, which ascend, or over all: each row with its image [3, H, W] of each camera."""
         wanted = np.arange(len(self)) if rows is None else np.asarray(rows)
         if (np.diff(wanted) <= 0).any():
             raise ValueError("rows must ascend")
-        ordered = [images.ordered(wanted.tolist()) for images in self._images.values()]
-        for row, *found in zip(wanted.tolist(), *ordered, strict=True):
-            yield row, dict(zip(self._images, found, strict=True))
+        ordered = {key: images.ordered(wanted.tolist()) for key, images in self._images.items()}
+        # A thread for each camera, a row ahead: FFmpeg and numpy work outside of Python's lock, and so may the caller.
+        with ThreadPoolExecutor(len(ordered)) as threads:
+            ahead = {key: threads.submit(next, one, None) for key, one in ordered.items()}
+            for row in wanted.tolist():
+                found = {key: one.result() for key, one in ahead.items()}
+                ahead = {key: threads.submit(next, one, None) for key, one in ordered.items()}
+                yield row, cast("dict[str, Image]", found)
 
     def fingerprint(self) -> str:
         """sha256 of what decides the rows' images and tasks: the bytes of the files, and which of them are whose."""
