@@ -151,7 +151,7 @@ def load_processors(
 
     statistics = {
         key: {
-            name: torch.from_numpy(np.asarray(values, np.float32))
+            name: torch.from_numpy(np.array(values, np.float32))
             for name, values in moments.items()
         }
         for key, moments in normalisation.items()

@@ -16,11 +16,22 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from app import client_app, payload, rounds, server_app, statistics, tensorfile
+from app import (
+    client_app,
+    payload,
+    rounds,
+    server_app,
+    server_evaluation,
+    statistics,
+    tensorfile,
+    trainables,
+)
 from app.broadcast import wanted
 from app.config import RunConfig, home
+from app.dataset import open_dataset
 from app.description import Description
 from app.exchange import Exchange
+from app.frames import Frames
 from app.journal import read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
 from app.site_state import SiteState
@@ -264,13 +275,19 @@ class RealSites:
         return [self.replies[message_id] for message_id in message_ids]
 
 
-def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
-    tiny_base: Path, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in a temporary directory, and short polls."""
     monkeypatch.setenv("VLAFLEET_RUNS", str(tmp_path))
     for function in (rounds.wait_for_sites, Exchange.__init__):
         assert function.__kwdefaults__
         monkeypatch.setitem(function.__kwdefaults__, "poll_s", 0.02)
+
+
+@pytest.mark.usefixtures("server")
+def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
+    tiny_base: Path, tiny_dataset: Path
+) -> None:
     run = config(tiny_base, local_steps=8, learning_rate=3e-3, warmup_steps=0)
     for number in (1, 2):
         sites = [
@@ -285,6 +302,43 @@ def test_two_real_sites_learn_together_and_the_run_repeats_to_the_bit(
     assert max(losses[1:]) < 0.9 * losses[0]
     assert [record["model"] for record in first] == [record["model"] for record in second]
     assert losses == [record["aggregate"]["loss"] for record in second]
+
+
+@pytest.mark.usefixtures("server")
+def test_adapters_that_two_real_sites_trained_are_published_as_the_policy_they_measured(
+    tiny_base: Path, tiny_dataset: Path
+) -> None:
+    from app.evaluation import evaluate
+
+    run = config(
+        tiny_base, exchange="lora", lora_rank=8, local_steps=8, learning_rate=1e-2, warmup_steps=0
+    )
+    uris = {f"site-{n}": f"{tiny_dataset}#episodes={n}:{n + 2}" for n in (0, 2)}
+    sites = [context(uri, run, site=name) for name, uri in uris.items()]
+    server_app.main(RealSites(sites), Context(1, 0, {}, RecordDict(), run.as_dict()))  # type: ignore[arg-type]
+    records = read_rounds(runs_root() / "1")
+    losses = [record["aggregate"]["loss"] for record in records]
+    assert losses[2] < 0.95 * losses[0]
+    # Of the expert nothing crosses the wire.
+    values = sum(8 * sum(shape) for shape in trainables.targets(tiny_base).values())
+    sent = records[1]["sites"]["site-0"]["train"]["bytes_up"]
+    assert values < sent < 2 * values < sum(array.size for array in trainable(tiny_base).values())
+    # As the SuperLink's own evaluation and lerobot load it: merged, without adapters.
+    checkpoint = runs_root() / "1" / "checkpoints" / "latest"
+    policy, processors = server_evaluation._load(checkpoint, run)
+    for name, uri in uris.items():
+        dataset = open_dataset(uri, held_out=run.held_out, seed=run.seed)
+        found = evaluate(
+            policy,
+            processors,
+            Frames(dataset, dataset.held_out_episodes),
+            batch_size=run.batch_size,
+            batches=run.eval_batches,
+            seed=run.seed,
+        )
+        measured = records[2]["sites"][name]["evaluate"]
+        assert found.loss == pytest.approx(measured["loss"], rel=1e-5)
+        assert found.rmse_deg == pytest.approx(measured["rmse_deg"], rel=1e-4)
 
 
 def state_of(site: str, lineage: str = "17") -> SiteState:
