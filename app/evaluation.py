@@ -93,7 +93,7 @@ def evaluate_rows(
             target, inside = frames.action[windows], ~padding
             batch = _inputs(processors, frames, chosen, target, images=cache is None)
             # All losses and predictions of a frame look at the same images.
-            prefix = cache.prefix(chosen) if cache else compute(policy, batch)
+            prefix = compute(policy, batch) if cache is None else cache.prefix(chosen)
             indices = frames.index[chosen].tolist()
             losses += _losses(policy, prefix, batch, inside, indices, seed)
             predicted = _predict(policy, processors, prefix, batch, indices, seed)
