@@ -22,9 +22,9 @@ def augment(
 ) -> "dict[str, torch.Tensor]":
     """Each camera's images [B, 3, H, W] of these rows, changed on ``device`` by lerobot's ImageTransforms.
 
-    Every image draws its own, as in lerobot's default config: three of brightness, contrast, saturation, hue, sharpness,
-    and a small turn and shift. The draws are functions of seed, step, row and camera alone. They use torch's CPU
-    generator and leave it as it was: no other thread may draw from it meanwhile.
+    Every image draws its own, as in lerobot's default config: three of brightness, contrast, saturation, hue,
+    sharpness, and a small turn and shift. The draws are functions of seed, step, row and camera alone. They use torch's
+    CPU generator and leave it as it was: no other thread may draw from it meanwhile.
     """
     import torch
 
