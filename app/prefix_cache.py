@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from app import memory, prefix_store
 from app.policy import Processors
 from app.prefix_store import DeviceStore, DiskStore, HostStore, Layout, Store, moved
-from certs.errors import ConfigError
+from certs.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +186,14 @@ class PrefixCache:
         asked = [plan for plan in plans if choice in ("auto", plan.tier)]
         for plan in asked:
             if plan.layout.size <= plan.room:
-                store = self._open_store(plan, frozen, folder, progress)
+                try:
+                    store = self._open_store(plan, frozen, folder, progress)
+                except StorageError as error:
+                    # A quota, say: with another tier left to try, no reason for a round to fail.
+                    if choice != "auto":
+                        raise
+                    _log.warning("%s", error)
+                    continue
                 if store:
                     break
         else:

@@ -149,7 +149,8 @@ class HostStore(DeviceStore):
     def _allocate(self, layout: Layout) -> "torch.Tensor":
         import torch
 
-        return torch.empty((layout.count, *layout.row), dtype=layout.dtype)
+        # Taken at once: what others then find free, this process does not want later.
+        return torch.empty((layout.count, *layout.row), dtype=layout.dtype).zero_()
 
     def _lock(self) -> bool:
         """Page-lock the rows where they are: torch's own pinned allocator rounds up to a power of two."""

@@ -124,7 +124,7 @@ def test_the_tiers_hold_the_same_bytes(opened: Open, frames: Frames) -> None:
     assert torch.equal(kept.kv[:16], embedded.kv)
 
 
-def test_the_sum_of_a_batch_is_what_it_was_in_any_order(opened: Open) -> None:
+def test_the_order_of_a_batch_is_that_of_its_rows(opened: Open) -> None:
     import torch
 
     cache = opened("memory")
@@ -498,6 +498,29 @@ def test_files_that_must_go_count_as_room(
     assert len(files(tmp_path)) == 2
 
 
+def test_two_that_build_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    import torch
+
+    from app.prefix_store import DiskStore, Layout
+
+    layout = Layout(4, (2, 3), torch.bfloat16, torch.device("cpu"))
+    rows = torch.arange(24, dtype=torch.bfloat16).view(4, 2, 3)
+    stores = [DiskStore(tmp_path / "cache", "key", layout, lambda *_: None) for _ in range(2)]
+    for first in (0, 2):
+        for store in stores:
+            assert not store.filled
+            store.write(first, rows[first : first + 2])
+    for store in stores:
+        store.finish()
+    third = DiskStore(tmp_path / "cache", "key", layout, lambda *_: None)
+    assert third.filled
+    for store in (*stores, third):
+        assert torch.equal(store.read(np.array([3, 0, 3])), rows[[3, 0, 3]])
+        store.close()
+    assert [path.name for path in files(tmp_path)] == ["key.prefix"]
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
 def by_use(tmp_path: Path) -> list[Path]:
     return sorted(files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
 
@@ -515,6 +538,22 @@ def test_a_disk_that_refuses_is_one_sentence(
                 opened("disk")
         assert "\n" not in str(raised.value)
         assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_auto_goes_on_where_a_disk_refuses(
+    opened: Open,
+    room: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    _, embeddings = sizes(opened("none"))
+    room(10 * embeddings, 1 << 40)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert opened("auto", range(10)).tier == "embeddings"
+    assert "quota" in caplog.text
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(opened: Open, tmp_path: Path) -> None:
