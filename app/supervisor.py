@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from certs.errors import StorageError, first_line
+
 # Names the trainer's socket to the ClientApps.
 SOCKET = "VLAFLEET_TRAINER"
 # Beside the socket: how the last trainer ended.
@@ -39,21 +41,27 @@ def supervised(command: Sequence[str] = COMMAND, *, without: str | None = None) 
     """Keep a trainer running; yield the path of its socket.
 
     The socket belongs to this process and outlives the trainer: who connects while it starts, waits. ``without`` is a
-    variable of the environment that the trainer has no use for.
+    variable of the environment that the trainer has no use for. Raises ``StorageError``.
     """
-    with tempfile.TemporaryDirectory(prefix="vlafleet-trainer-") as directory:  # mode 0700
-        path = Path(directory) / "trainer"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="vlafleet-trainer-")  # mode 0700
+            path = Path(stack.enter_context(temporary)) / "trainer"
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.bind(str(path))
             path.chmod(0o600)
             listener.listen(_BACKLOG)
-            supervisor = _Supervisor(command, listener, path.parent / ENDED, without)
-            supervisor.start()
-            _log.info("the trainer listens at %s", path)
-            try:
-                yield path
-            finally:
-                supervisor.stop()
+        except OSError as error:
+            raise StorageError(
+                f"The trainer's socket cannot be made below {tempfile.gettempdir()} "
+                f"({first_line(error)}): let TMPDIR name a directory with a short path that can be "
+                "written."
+            ) from error
+        supervisor = _Supervisor(command, listener, path.parent / ENDED, without)
+        supervisor.start()
+        stack.callback(supervisor.stop)
+        _log.info("the trainer listens at %s", path)
+        yield path
 
 
 class _Supervisor(threading.Thread):

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from app.payload import Payload, PayloadError
 from app.supervisor import how, supervised
 from app.trainer import Trainer
 from app.trainer_client import submit
-from certs.errors import DatasetError, FleetError, RunFailedError
+from certs.errors import DatasetError, FleetError, RunFailedError, StorageError
 from tests.trainer_standin import StandIn
 
 STANDIN = (sys.executable, "-P", str(Path(__file__).parents[1] / "trainer_standin.py"))
@@ -386,16 +388,30 @@ from app.job import Job
 from app.trainer_client import submit
 with supervised({STANDIN!r}) as path:
     os.environ["VLAFLEET_TRAINER"] = str(path)
-    print(submit(Job("train", {{}}, {{"do": "echo"}})).metrics["who"]["pid"], flush=True)
+    print(path, submit(Job("train", {{}}, {{"do": "echo"}})).metrics["who"]["pid"], flush=True)
     time.sleep(600)
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        path, pid = parent.stdout.readline().split()
         parent.kill()
-    until(lambda: not Path("/proc", str(pid)).exists(), "the trainer outlived its SuperExec")
+    # What nobody could clean up any more.
+    shutil.rmtree(Path(path).parent)
+    until(lambda: not Path("/proc", pid).exists(), "the trainer outlived its SuperExec")
+
+
+def test_a_socket_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's bound for a socket's path is 107 bytes."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(StorageError, match="let TMPDIR name"), supervised(STANDIN):
+        pass
+    assert list(long.iterdir()) == []
 
 
 @pytest.mark.parametrize(
