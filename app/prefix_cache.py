@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 type Rows = Sequence[int] | NDArray[np.int64]
 type Images = Mapping[str, NDArray[np.uint8]]
 """Camera -> [B, 3, H, W]."""
+type Augment = Callable[[Images, NDArray[np.int64], int], Mapping[str, torch.Tensor]]
+"""Images of these rows as a step sees them (``app.augmentation.augment`` with its seed and device)."""
 type Progress = Callable[[int, int], None]
 """Told how many frames of how many are there."""
 
@@ -94,7 +96,7 @@ class PrefixCache:
         processors: Processors,
         frames: "Frames",
         rows: NDArray[np.int64],
-        augment: Callable[[Images], Images] | None,
+        augment: Augment | None,
     ) -> None:
         self.tier = "none"
         self._policy, self._processors = policy, processors
@@ -116,7 +118,7 @@ class PrefixCache:
         choice: str,
         frozen: str,
         folder: Path,
-        augment: Callable[[Images], Images] | None = None,
+        augment: Augment | None = None,
         progress: Progress,
     ) -> Self:
         """Find or build the cache of these rows in the tier ``choice``; "auto" takes the fastest that has the space.
@@ -149,8 +151,11 @@ class PrefixCache:
             raise
         return cache
 
-    def prefix(self, rows: Rows) -> "Prefix":
-        """The prefixes of these rows, in this order, on the policy's device. Raises DatasetError, StorageError."""
+    def prefix(self, rows: Rows, step: int = 0) -> "Prefix":
+        """The prefixes of these rows, in this order, on the policy's device; ``step`` decides their augmentation alone.
+
+        Raises DatasetError and StorageError.
+        """
         from app.prefix import Prefix
 
         chosen = np.asarray(rows, np.int64)
@@ -160,14 +165,16 @@ class PrefixCache:
                 f"row {chosen[slots < 0][0]} is not one that the cache was opened with"
             )
         if not self._store:
-            images: Images = self._frames.images(chosen)
-            if self._augment:
-                images = self._augment(images)
-            return self._attended(self._embed(images, chosen), chosen)
+            return self._attended(self._embed(self.images(chosen, step), chosen), chosen)
         values = self._store.read(slots)
         if self._masks is None:
             return self._attended(values, chosen)
         return Prefix(values, self._of_tasks(self._masks, chosen))
+
+    def images(self, rows: Rows, step: int = 0) -> "Mapping[str, NDArray[np.uint8] | torch.Tensor]":
+        """The images that the policy sees in this step: camera -> [B, 3, H, W]. Raises DatasetError."""
+        images = self._frames.images(rows)
+        return self._augment(images, rows, step) if self._augment else images
 
     def close(self) -> None:
         """Give the memory back; a file stays for the next process."""
@@ -296,7 +303,11 @@ class PrefixCache:
                     made = self._attended(made, rows).kv
         store.finish()
 
-    def _embed(self, images: Images, rows: NDArray[np.int64]) -> "torch.Tensor":
+    def _embed(
+        self,
+        images: "Mapping[str, NDArray[np.uint8] | torch.Tensor]",
+        rows: NDArray[np.int64],
+    ) -> "torch.Tensor":
         """The embedded images [B, I, hidden] of these rows."""
         import torch
 
@@ -306,7 +317,7 @@ class PrefixCache:
         # Divided by a tensor: by a number, a GPU multiplies by its reciprocal, which is not lerobot's scaling.
         white = torch.full((), 255.0, device=device)
         scaled = {
-            camera: torch.from_numpy(pixels).to(device).float() / white
+            camera: torch.as_tensor(pixels).to(device).float() / white
             for camera, pixels in images.items()
         }
         # The pipeline tokenizes a task; these tokens are not used.

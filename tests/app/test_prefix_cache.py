@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,14 +321,20 @@ def test_gpu_memory_is_refused_on_a_cpu(opened: Open) -> None:
 
 
 def test_augmented_images_are_not_kept(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
-    def invert(images: Any) -> Any:
-        return {key: 255 - value for key, value in images.items()}
+    import torch
+
+    from app.augmentation import augment
 
     with caplog.at_level(logging.INFO, "flwr"):
-        cache = opened("memory", augment=invert)
+        cache = opened("memory", augment=partial(augment, seed=0, device="cpu"))
     assert cache.tier == "none"
     assert "images are augmented" in caplog.text
-    assert not (cache.prefix([0]).kv == opened("none").prefix([0]).kv).all()
+    one, again, other = (cache.prefix([0, 2], step).kv for step in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    plain = opened("none")
+    assert torch.equal(plain.prefix([0, 2], 1).kv, plain.prefix([0, 2], 2).kv)
+    assert not torch.equal(one, plain.prefix([0, 2], 1).kv)
 
 
 def test_a_trained_vlm_is_not_kept(
