@@ -35,6 +35,7 @@ cli.command(
 )(superlink.cli.flwr)
 cli.command()(supernode.cli.supernode)
 cli.command()(app.cli.superexec)
+cli.command()(app.cli.trainer)
 cli.command()(certs.cli.health)
 app.demo_data.cli.command()(app.cli.check)
 cli.add_typer(app.demo_data.cli, name="data", help="Make demonstration data, check any data.")

@@ -1,5 +1,6 @@
-"""``vlafleet superexec`` and ``vlafleet data check``."""
+"""``vlafleet superexec``, ``vlafleet trainer`` and ``vlafleet data check``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,15 @@ def superexec(
     from app.superexec import serve
 
     serve(Identity.load(identity, Role.SUPEREXEC), address)
+
+
+def trainer(
+    socket: Annotated[Path, typer.Argument(help="Its socket, which the SuperExec's log names.")],
+) -> None:
+    """Print what a site's trainer is doing, as metrics in Prometheus's text format."""
+    from app.trainer_client import metrics
+
+    print(metrics(socket), end="")
 
 
 def check(

@@ -24,6 +24,8 @@ _ATTEMPTS = 2
 _MARGIN_S = 30.0
 # Seconds for a job whose request names no round-timeout; the trainer refuses that request at once.
 _DEFAULT_S = 600.0
+# Seconds for an answer that no job delays.
+_METRICS_S = 10.0
 # A trainer that ends so often while a job waits for it to start does not start.
 _FAILED_STARTS = 2
 # Seconds between two looks at whether that has happened.
@@ -56,12 +58,20 @@ def submit(job: Job) -> Answer:
 
 
 def metrics(path: Path) -> str:
-    """What the trainer at the socket ``path`` tells Prometheus, in its text format."""
+    """What the trainer at the socket ``path`` tells Prometheus, in its text format.
+
+    ``RunFailedError`` when it cannot be reached, or has not started yet.
+    """
+    deadline = time.monotonic() + _METRICS_S
     with _connect(path) as connection:
-        deadline = time.monotonic() + _DEFAULT_S
-        _greeted(connection, path, deadline)
-        send(connection, {"metrics": True})
-        header, _ = _receive(connection, deadline)
+        try:
+            _greeted(connection, path, deadline)
+            send(connection, {"metrics": True})
+            header, _ = _receive(connection, deadline)
+        except (EOFError, ConnectionError, TimeoutError):
+            raise RunFailedError(
+                f"The trainer at {path} does not answer: while it starts, it takes a minute at most."
+            ) from None
     return str(header["metrics"])
 
 

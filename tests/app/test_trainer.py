@@ -31,6 +31,7 @@ from app.supervisor import how, supervised
 from app.trainer import Trainer
 from app.trainer_client import submit
 from certs.errors import DatasetError, FleetError, RunFailedError, StorageError
+from tests.conftest import Vlafleet
 from tests.trainer_standin import StandIn
 
 STANDIN = (sys.executable, "-P", str(Path(__file__).parents[1] / "trainer_standin.py"))
@@ -306,14 +307,14 @@ def test_a_peer_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
             submit(job("echo"))
 
 
-def test_metrics_say_what_it_does(trainer: Path) -> None:
+def test_metrics_say_what_it_does(trainer: Path, vlafleet: Vlafleet) -> None:
     submit(job("echo"))
     assert number(trainer, "step") == 3
     assert number(trainer, "loss") == 0.5
     assert number(trainer, "samples_per_second") == 8
     assert number(trainer, "gpu_memory_bytes") == 0
     assert number(trainer, "process_resident_memory_bytes") > 1e7
-    text = trainer_client.metrics(trainer)
+    text = vlafleet("trainer", trainer).stdout
     assert 'vlafleet_trainer_cache_info{tier="memory"} 1' in text
     assert 'vlafleet_trainer_job_seconds_count{kind="train"}' in text
     assert {
@@ -321,6 +322,18 @@ def test_metrics_say_what_it_does(trainer: Path) -> None:
         for line in text.splitlines()
         if not line.startswith("#")
     } == {True}
+
+
+def test_metrics_of_a_trainer_that_is_not_there(tmp_path: Path, vlafleet: Vlafleet) -> None:
+    refused = vlafleet("trainer", tmp_path / "s")
+    assert refused.returncode == 16
+    assert "cannot be reached" in refused.stderr
+    with socket.socket(socket.AF_UNIX) as listener, pytest.MonkeyPatch.context() as patch:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        patch.setattr(trainer_client, "_METRICS_S", 0.1)
+        with pytest.raises(RunFailedError, match="does not answer"):
+            trainer_client.metrics(tmp_path / "s")
 
 
 def test_the_kernel_takes_the_trainer_first_and_it_has_no_identity() -> None:
