@@ -64,33 +64,35 @@ class Loader:
         )
         self._state, self._action = columns["observation.state"], columns["action"]
 
-    def batch(self, rows: "Rows") -> Batch:
-        """These rows. Raises DatasetError where an image cannot be read."""
+    def batch(self, rows: "Rows", step: int = 0) -> Batch:
+        """These rows, as the run's ``step`` sees them where images are augmented.
+
+        Raises DatasetError where an image cannot be read.
+        """
         chosen = np.asarray(rows, np.int64)
         windows, pad = self.frames.windows(chosen, self.policy.config.chunk_size)
         state, actions = self._state[self.moved(chosen)], self._action[self.moved(windows)]
         beyond, valid = self.moved(pad), int(pad.size - pad.sum())
         if self._constant:
-            prefix = self._cache.prefix(chosen.tolist())
+            prefix = self._cache.prefix(chosen, step)
             return Batch(state, actions, beyond, valid, prefix=prefix)
-        return Batch(state, actions, beyond, valid, inputs=self._inputs(chosen, windows, pad))
+        return Batch(state, actions, beyond, valid, inputs=self._inputs(chosen, step))
 
     def valid(self, rows: "Rows") -> int:
         """How many of these rows' actions lie within their episodes."""
         _, pad = self.frames.windows(rows, self.policy.config.chunk_size)
         return int(pad.size - pad.sum())
 
-    def _inputs(
-        self, rows: NDArray[np.int64], windows: NDArray[np.int64], pad: NDArray[np.bool_]
-    ) -> dict[str, Any]:
+    def _inputs(self, rows: NDArray[np.int64], step: int) -> dict[str, Any]:
         """The batch that lerobot's DataLoader and preprocessor would make of these rows."""
         import torch
 
         frames = self.frames
+        windows, pad = frames.windows(rows, self.policy.config.chunk_size)
         images = {
             # lerobot scales images before its preprocessor.
-            camera: torch.from_numpy(pixels).float() / 255
-            for camera, pixels in frames.images(rows).items()
+            camera: torch.as_tensor(pixels).float() / 255
+            for camera, pixels in self._cache.images(rows, step).items()
         }
         inputs: dict[str, Any] = self._processors[0](
             {

@@ -173,8 +173,9 @@ class PrefixCache:
 
     def images(self, rows: Rows, step: int = 0) -> "Mapping[str, NDArray[np.uint8] | torch.Tensor]":
         """The images that the policy sees in this step: camera -> [B, 3, H, W]. Raises DatasetError."""
-        images = self._frames.images(rows)
-        return self._augment(images, rows, step) if self._augment else images
+        chosen = np.asarray(rows, np.int64)
+        images = self._frames.images(chosen)
+        return self._augment(images, chosen, step) if self._augment else images
 
     def close(self) -> None:
         """Give the memory back; a file stays for the next process."""

@@ -1,5 +1,7 @@
 """Image augmentation: lerobot's own, drawn from seed, step, row and camera alone."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,3 +84,47 @@ def test_it_is_lerobots_own(images: Images, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(used) == 4 * 2 * 6
     assert {len(set(each)) for each in used} == {3}
     assert {one for each in used for one in each} == offered
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_step_trains_on_augmented_images(
+    constant: bool, tiny_base: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """Whether the prefix is computed of them, or lerobot's own forward pass is given them."""
+    from app.dataset import open_dataset
+    from app.frames import Frames
+    from app.loader import Loader
+    from app.policy import load_policy, load_processors
+    from app.prefix_cache import PrefixCache
+    from app.statistics import moments_of, normalisation
+
+    policy = load_policy(tiny_base, "cpu")
+    if not constant:
+        next(policy.model.vlm_with_expert.vlm.parameters()).requires_grad = True
+    dataset = open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
+    processors = load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
+    frames = Frames(dataset, dataset.train_episodes)
+
+    def seen(step: int, **options: Any) -> Any:
+        cache = PrefixCache.open(
+            policy,
+            processors,
+            frames,
+            range(10),
+            choice="auto",
+            frozen="",
+            folder=tmp_path,
+            progress=lambda *_: None,
+            **options,
+        )
+        batch = Loader(policy, processors, frames, cache).batch([3, 9], step)
+        if batch.prefix:
+            return batch.prefix.kv
+        assert batch.inputs
+        return batch.inputs["observation.images.camera1"]
+
+    augmented = partial(augment, seed=0, device="cpu")
+    first = seen(1, augment=augmented)
+    assert first.equal(seen(1, augment=augmented))
+    assert not first.equal(seen(2, augment=augmented))
+    assert not first.equal(seen(1))
