@@ -100,11 +100,19 @@ class Model:
         return self._processors[1]
 
     def prefix_cache(
-        self, frames: Frames, rows: NDArray[Any], config: RunConfig, statistics: str, told: Told
+        self,
+        frames: Frames,
+        rows: NDArray[Any],
+        config: RunConfig,
+        statistics: str,
+        seed: int | None,
+        told: Told,
     ) -> PrefixCache:
-        """Find or make the prefixes of these rows."""
+        """Find or make the prefixes of these rows; ``seed`` is that of their images' augmentation, if any."""
+        from app.augmentation import augment
         from app.prefix_cache import PrefixCache
 
+        device = str(self.policy.config.device)
         return PrefixCache.open(
             self.policy,
             # Of its own, for it is used in a thread. Images and tasks are not normalised.
@@ -114,6 +122,7 @@ class Model:
             choice=config.prefix_cache,
             frozen=self.base.vlm,
             folder=home() / "cache",
+            augment=None if seed is None else partial(augment, seed=seed, device=device),
             progress=told,
         )
 
@@ -159,19 +168,19 @@ class Site:
         """The prefixes of the frames that the run uses, waited for; ``told`` says how far they are."""
         frames = self.frames(part)
         rows = _drawn(frames, config) if part == "train" else _spread(frames, config)
-        key = (model, rows.tobytes(), config.prefix_cache)
+        seed = config.seed if config.image_augmentation and part == "train" else None
+        key = (model, rows.tobytes(), config.prefix_cache, seed)
         before = self._builds.get(part)
         if before is None or before[0] != key or before[1].failed:
             self._drop(part)
-            make = partial(model.prefix_cache, frames, rows, config, statistics)
+            make = partial(model.prefix_cache, frames, rows, config, statistics, seed)
             self._builds[part] = (key, PrefixBuild(make))
         return self._builds[part][1].wait(told)
 
-    def loader(self, model: Model, config: RunConfig, statistics: str, told: Told) -> Loader:
-        """Batches of the training frames; their prefixes are waited for."""
+    def loader(self, model: Model, statistics: str, cache: PrefixCache) -> Loader:
+        """Batches of the training frames, whose prefixes ``cache`` has."""
         from app.loader import Loader
 
-        cache = self.cache("train", model, config, statistics, told)
         key = (statistics, cache)
         if self._loader is None or self._loader[0] != key:
             processors = model.processors(statistics)

@@ -12,18 +12,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app import payload, schedule, simulation
 from app.config import RunConfig
 from app.description import RECORD, Description
 from app.job import METRICS, WANT_FULL, Answer, Job, Progress
 from app.payload import Payload, PayloadError, Tensors
-from app.resident import Base, Model, Resident, Site
+from app.resident import Base, Model, Part, Resident, Site
 from app.site_state import Kept, SiteState
 from app.statistics import from_bytes
 from certs.errors import ConfigError, DatasetError, ModelError, RunFailedError
 from certs.link import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from app.prefix_cache import PrefixCache
 
 # Seconds between two lines of a job's progress: enough to see that it lives, few enough to read.
 _LINES_S = 5.0
@@ -117,7 +120,8 @@ class Worker:
         from app.training import train
 
         config, model, request = work.config, work.model, work.request
-        loader = work.site.loader(model, config, request.statistics, work.caching)
+        cache = work.cache("train")
+        loader = work.site.loader(model, request.statistics, cache)
         scale, mu = request.number("scale"), request.number("mu")
         kept = work.state.before(work.round) or Kept(None, None)
         ready = work.ready()
@@ -160,7 +164,7 @@ class Worker:
         from app.evaluation import evaluate
 
         config, statistics = work.config, work.request.statistics
-        cache = work.site.cache("held_out", work.model, config, statistics, work.caching)
+        cache = work.cache("held_out")
         ready, started = work.ready(), time.monotonic()
         result = evaluate(
             work.model.policy,
@@ -242,7 +246,14 @@ class _Work:
         self._say(f"ready after {seconds:.1f} s", now=True)
         return seconds
 
-    def caching(self, done: int, total: int) -> None:
+    def cache(self, part: Part) -> PrefixCache:
+        """The prefixes of the site's training frames, or of its held-out ones."""
+        statistics = self.request.statistics
+        cache = self.site.cache(part, self.model, self.config, statistics, self._caching)
+        self.progress(kind=self.job.kind, cache_tier=cache.tier)
+        return cache
+
+    def _caching(self, done: int, total: int) -> None:
         """So many frames have their prefix."""
         self.progress(kind=self.job.kind, cached=done, frames=total)
         if time.monotonic() >= self.deadline:
