@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.dataset import SiteDataset
 from app.loader import Batch, Loader, ahead, order
-from app.policy import CAMERAS, trainable_tensors
-from certs.errors import ConfigError, DatasetError, RunFailedError
+from app.policy import trainable_tensors
+from certs.errors import ConfigError, RunFailedError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +88,9 @@ def train(
     ``compiled`` compiles the cached path as one graph. ``proximal_mu`` weighs FedProx's pull towards the weights at the
     start (Li et al. 2020, arXiv:1812.06127).
 
-    Raises DatasetError for unreadable data, ConfigError when the loss diverges, RunFailedError when ``deadline``
-    (``time.monotonic``) passes before the last step or the device's memory is too small. The weights are then lost.
+    Raises DatasetError for unreadable data, ConfigError when the loss diverges or the step does not compile,
+    RunFailedError when ``deadline`` (``time.monotonic``) passes before the last step or the device's memory is too
+    small. The weights are then lost.
     """
     started = time.perf_counter()
     run = _Run(
@@ -109,14 +109,15 @@ def train(
     )
     policy.train()
     size = min(micro_batch or batch_size, batch_size)
-    if not run.finish(size):
-        smaller = math.ceil(size / 2)
-        if size > 1:
-            _log.warning("%s: training goes on with %d", _no_room(loader.device, size), smaller)
-        if size == 1 or not run.finish(smaller):
-            raise RunFailedError(
-                f"{_no_room(loader.device, smaller)}: lower micro-batch or batch-size, or end what else uses it."
-            )
+    with _compiling() if compiled else nullcontext():
+        if not run.finish(size):
+            smaller = math.ceil(size / 2)
+            if size > 1:
+                _log.warning("%s: training goes on with %d", _no_room(loader.device, size), smaller)
+            if size == 1 or not run.finish(smaller):
+                raise RunFailedError(
+                    f"{_no_room(loader.device, smaller)}: lower micro-batch or batch-size, or end what else uses it."
+                )
     return run.result(time.perf_counter() - started)
 
 
@@ -214,10 +215,12 @@ class _Run:
             last = part.last
         term = _pull(self._parameters, self._anchors, self._mu) if self._mu else total.new_zeros(())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._preset.grad_clip_norm)
+        # Before the step: after it, there is nothing left that could run out of memory and be done again.
+        values = torch.stack([total, norm, term])
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._sizes.append(size)
-        self._watch.took(torch.stack([total, norm, term]), size, waited)
+        self._watch.took(values, size, waited)
 
     def _loss(self, part: _Part) -> "torch.Tensor":
         """The part's mean loss over what lies within its episodes, as lerobot's ``forward`` has it."""
@@ -303,7 +306,7 @@ def _parts(
         valid = loader.valid(rows)
         for start in range(0, len(rows), micro_batch):
             end = start + micro_batch
-            batch = loader.batch(rows[start:end])
+            batch = loader.batch(rows[start:end], step)
             yield _Part(
                 batch,
                 loader.moved(noise[start:end]),
@@ -339,6 +342,22 @@ def _compiled_flow_losses() -> Callable[..., "torch.Tensor"]:
 
     compiled: Callable[..., torch.Tensor] = torch.compile(_flow_losses(), fullgraph=True)
     return compiled
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Turn what torch.compile raises into a ConfigError; it compiles in the first step of each shape."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        # Without what torch says of its own layers.
+        reason = first_line(getattr(error, "inner_exception", error))
+        raise ConfigError(
+            f"The run config sets compile=true, but torch cannot compile the step at this site ({reason}): "
+            "install a C++ compiler there, or set compile=false."
+        ) from error
 
 
 def _optimizer(
@@ -406,29 +425,6 @@ def _require_time(deadline: float | None, step: int, steps: int) -> None:
             f"The round's deadline passed after {step} of {steps} training steps at this site: "
             "raise round-timeout or lower local-steps."
         )
-
-
-def to_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack lerobot's items and scale the policy's cameras from uint8 to [0, 1], as lerobot-train does."""
-    from torch.utils.data import default_collate
-
-    batch: dict[str, Any] = default_collate(items)
-    for camera in CAMERAS:
-        if camera in batch:
-            batch[camera] = batch[camera].float() / 255
-    return batch
-
-
-def require_finite_rows(batch: dict[str, Any], dataset: SiteDataset) -> None:
-    """Refuse a batch with a state or action that is not finite: one such step makes every weight NaN."""
-    for key in ("observation.state", "action"):
-        broken = ~batch[key].isfinite().flatten(1).all(dim=1)
-        if broken.any():
-            episode = int(batch["episode_index"][broken][0])
-            raise DatasetError(
-                f"episode {episode} of {dataset.root} holds values of {key} that are not finite: "
-                "delete or record the episode again."
-            )
 
 
 def _noise_seed(seed: int, step: int) -> int:

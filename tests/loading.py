@@ -7,8 +7,10 @@ from app.frames import Frames
 from app.loader import Loader
 
 
-def loader_of(policy: Any, processors: Any, frames: Frames, folder: Path) -> Loader:
-    """A loader of all ``frames``."""
+def loader_of(
+    policy: Any, processors: Any, frames: Frames, folder: Path, augment: Any = None
+) -> Loader:
+    """A loader of all ``frames``; where they are augmented nothing can be kept."""
     from app.prefix_cache import PrefixCache
 
     cache = PrefixCache.open(
@@ -20,6 +22,7 @@ def loader_of(policy: Any, processors: Any, frames: Frames, folder: Path) -> Loa
         # Part of a file's key; nothing goes to a file here.
         frozen="",
         folder=folder,
+        augment=augment,
         progress=lambda *_: None,
     )
     return Loader(policy, processors, frames, cache)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from app import prefix, training
+from app.augmentation import augment
 from app.dataset import SiteDataset, open_dataset
 from app.evaluation import evaluate
 from app.frames import Frames
@@ -134,9 +135,9 @@ class _Recording:
         self._loader = loader
         self.rows: list[int] = []
 
-    def batch(self, rows: Any) -> Batch:
+    def batch(self, rows: Any, step: int) -> Batch:
         self.rows += list(rows)
-        return self._loader.batch(rows)
+        return self._loader.batch(rows, step)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -350,6 +351,26 @@ def test_the_compiled_step_is_the_step(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_step_that_does_not_compile_is_one_sentence(
+    policy: Any, loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def no_compiler(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\n\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    training._compiled_flow_losses.cache_clear()
+    try:
+        with pytest.raises(
+            ConfigError, match=r"No working C\+\+ compiler found.*compile=false"
+        ) as caught:
+            _train(policy, loader, compiled=True)
+    finally:
+        training._compiled_flow_losses.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
 class _Memory:
     """A device that holds ``room`` frames at a time."""
 
@@ -444,6 +465,33 @@ def test_a_prefix_that_is_not_constant_is_lerobots_own_forward(
     assert _distance(stock, policy) < 1e-3
 
 
+def test_a_steps_images_are_augmented_however_it_is_cut(
+    policy: Any,
+    processors: Any,
+    frames: Frames,
+    loader: Loader,
+    tmp_path: Path,
+    another: Callable[[], Any],
+) -> None:
+    augmentation = partial(augment, seed=0, device="cpu")
+
+    def augmented(of: Any) -> Loader:
+        return loader_of(of, processors, frames, tmp_path, augmentation)
+
+    plain = _curve(policy, loader, 3)
+    whole, _ = another()
+    found = _curve(whole, augmented(whole), 3)
+    in_parts, _ = another()
+    assert _curve(in_parts, augmented(in_parts), 3, micro_batch=3) == pytest.approx(found, rel=1e-4)
+    assert all(one != pytest.approx(two, rel=1e-3) for one, two in zip(found, plain, strict=True))
+    # A later step sees the same frames otherwise.
+    rows = [0, 1]
+    first, later = (augmented(whole).batch(rows, step).prefix for step in (0, 30))
+    assert first
+    assert later
+    assert not first.kv.equal(later.kv)
+
+
 def test_the_proximal_pull_is_autograds(
     policy: Any, loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,8 +509,8 @@ def test_the_proximal_pull_is_autograds(
     batches: list[Batch] = []
 
     class Remembering(_Recording):
-        def batch(self, rows: Any) -> Batch:
-            batches.append(super().batch(rows))
+        def batch(self, rows: Any, step: int) -> Batch:
+            batches.append(super().batch(rows, step))
             return batches[-1]
 
     def with_term(*arguments: Any) -> Any:
@@ -551,9 +599,9 @@ def test_progress_is_told_now_and_then_and_at_the_end(
     monkeypatch.setattr(training, "_PROGRESS_S", 25.0)
     batch = loader.batch
 
-    def slow(rows: Any) -> Batch:
+    def slow(rows: Any, step: int) -> Batch:
         clock.now += 2.5
-        return batch(rows)
+        return batch(rows, step)
 
     monkeypatch.setattr(loader, "batch", slow)
     told: list[tuple[int, float, float, float]] = []
