@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class Metrics:
     def job(self, kind: str) -> Iterator[Outcome]:
         """Measure one job."""
         outcome = Outcome()
+        # What the job before said is not true of this one.
+        for gauge in self._progress.values():
+            gauge.set(math.nan)
         with self._busy.track_inprogress(), self._seconds.labels(kind).time():
             yield outcome
         self._jobs.labels(kind, outcome.result).inc()

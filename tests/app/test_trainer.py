@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -312,6 +313,8 @@ def test_metrics_say_what_it_does(trainer: Path, vlafleet: Vlafleet) -> None:
     assert number(trainer, "step") == 3
     assert number(trainer, "loss") == 0.5
     assert number(trainer, "samples_per_second") == 8
+    # This job said nothing of it.
+    assert math.isnan(number(trainer, "steps"))
     assert number(trainer, "gpu_memory_bytes") == 0
     assert number(trainer, "process_resident_memory_bytes") > 1e7
     text = vlafleet("trainer", trainer).stdout
