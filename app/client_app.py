@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
@@ -20,10 +20,12 @@ from app import payload, trainer_client
 from app.job import REQUEST, Answer, Job, Kind, Record
 from app.payload import PayloadError
 from app.supervisor import SOCKET
-from app.worker import Worker
 from certs.errors import FleetError
 from certs.flower import set_chunk_size
 from certs.link import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from app.worker import Worker
 
 _log = logging.getLogger("flwr")
 app = ClientApp()
@@ -72,6 +74,8 @@ def _submit(job: Job) -> Answer:
 @functools.cache
 def _worker() -> Worker:
     """This process's own, with what it has loaded."""
+    from app.worker import Worker
+
     return Worker()
 
 

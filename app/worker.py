@@ -261,7 +261,8 @@ class _Work:
                 f"The round's deadline passed with {done} of {total} frames in this site's prefix "
                 "cache, which the next round finds further on: raise round-timeout to wait for it."
             )
-        self._say(f"prefix cache: frame {done}/{total}")
+        if total:
+            self._say(f"prefix cache: frame {done}/{total}")
 
     def stepping(self, step: int, loss: float, rate: float, waited: float) -> None:
         """A training step is done; ``rate`` in samples a second, ``waited`` the share of waiting for data."""

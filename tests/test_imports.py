@@ -44,7 +44,7 @@ def test_imports_run_one_way(package: str) -> None:
     ["vlafleet", "superlink.control", "superlink.server", "supernode.node", "app.superexec", "app.client_app",
      "app.server_app", "app.payload", "app.codec", "app.aggregation", "app.statistics", "app.rounds", "app.schedule",
      "app.site_state", "app.simulation", "app.preflight", "app.report", "app.anomalies", "app.model_card", "app.page",
-     "app.charts", "app.frames"],
+     "app.charts", "app.frames", "app.worker", "app.trainer_client"],
 )  # fmt: skip
 def test_light_modules_load_neither_torch_nor_lerobot(module: str) -> None:
     """The process Flower starts for every message imports these; torch costs it 3 s and lerobot 14."""

@@ -435,6 +435,20 @@ def test_why_a_cache_cannot_be_built_is_said_each_time() -> None:
     build.close()
 
 
+def test_augmented_training_repeats_and_is_another(
+    worker: Worker, tiny_base: Path, tiny_dataset: Path
+) -> None:
+    found = []
+    for lineage, augmented in (("17", False), ("18", True), ("19", True)):
+        settings = {"image_augmentation": augmented}
+        run = Run(tiny_base, tiny_dataset, lineage=lineage, settings=settings)
+        run.describe(worker)
+        update = run.train(worker, 1).payload
+        assert update
+        found.append(update.sha256)
+    assert found[0] != found[1] == found[2]
+
+
 @pytest.mark.slow
 def test_fifty_rounds_take_no_more_memory_than_ten(tiny_base: Path, tiny_dataset: Path) -> None:
     """In a process of its own, whose memory nothing else uses."""
