@@ -323,7 +323,7 @@ def _draw(loader: Loader, frames: int, seed: int, step: int) -> "tuple[torch.Ten
     config, model = loader.policy.config, loader.policy.model
     # On the CPU, so that they are the same on every device.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_noise_seed(seed, step))
+        torch.default_generator.manual_seed(noise_seed(seed, step))
         noise = model.sample_noise((frames, config.chunk_size, config.max_action_dim), "cpu")
         times = model.sample_time(frames, "cpu")
     return noise, times
@@ -427,7 +427,8 @@ def _require_time(deadline: float | None, step: int, steps: int) -> None:
         )
 
 
-def _noise_seed(seed: int, step: int) -> int:
+def noise_seed(seed: int, step: int) -> int:
+    """What torch's generator is seeded with before a step's noise and times are drawn."""
     # 63 bits, so that it is a valid seed for every torch generator.
     return int.from_bytes(sha256(f"train/{seed}/{step}".encode()).digest()[:8], "little") >> 1
 

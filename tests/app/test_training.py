@@ -203,7 +203,7 @@ def test_the_steps_are_those_of_lerobots_own_loop(
         drawn += batch["index"].tolist()
         for camera in dataset.cameras:
             batch[camera] = batch[camera].float() / 255
-        torch.manual_seed(training._noise_seed(0, step))
+        torch.manual_seed(training.noise_seed(0, step))
         loss, _ = stock.forward(processors[0](batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stock.parameters(), preset.grad_clip_norm)
