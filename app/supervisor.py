@@ -60,6 +60,8 @@ def supervised(command: Sequence[str] = COMMAND, *, without: str | None = None) 
         supervisor = _Supervisor(command, listener, path.parent / ENDED, without)
         supervisor.start()
         stack.callback(supervisor.stop)
+        # First of all: Flower ends a SuperExec that takes more than 5 s, and a trainer may take 3 of them.
+        stack.callback(temporary.cleanup)
         _log.info("the trainer listens at %s", path)
         yield path
 
@@ -126,8 +128,10 @@ class _Supervisor(threading.Thread):
 
     def _note(self, said: dict[str, int | str]) -> None:
         written = self._ended.with_suffix(".new")
-        written.write_text(json.dumps(said))
-        written.replace(self._ended)
+        # Without it a ClientApp learns that the trainer ended, and not how.
+        with contextlib.suppress(OSError):
+            written.write_text(json.dumps(said))
+            written.replace(self._ended)
 
 
 def how(code: int) -> str:

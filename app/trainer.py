@@ -38,6 +38,8 @@ _CONNECTIONS = 16
 _CLIENT_S = 30.0
 # Seconds a cancelled job may take to notice: a large batch's step on a CPU is a minute.
 _CANCEL_S = 120.0
+# torch's name for an error after which its CUDA context answers every call with that error.
+_BROKEN = "AcceleratorError"
 # Half of the machine's memory is added to this process's size when the kernel looks for one to end
 # (proc_pid_oom_score_adj(5)): a job then fails, and the SuperExec stays.
 _OOM_SCORE = "500"
@@ -150,6 +152,8 @@ class Trainer:
             with self._metrics.job(kind) as ended:
                 reply, payload, ended.result = self._reply(ticket)
             send(ticket.connection, reply, payload)
+            if ended.result == "broken":
+                raise SystemExit("after an error of its accelerator a process can only end")
         except OSError:
             _log.info("%s: the ClientApp is gone, nobody takes the answer", kind)
         finally:
@@ -174,7 +178,8 @@ class Trainer:
                 f"The trainer failed unexpectedly ({type(error).__name__}: {first_line(error)}): "
                 "its log has the traceback."
             )
-            return _error(RunFailedError(sentence)), None, "failed"
+            broken = type(error).__name__ == _BROKEN
+            return _error(RunFailedError(sentence)), None, "broken" if broken else "failed"
         said = {
             "configs": {name: dict(record) for name, record in answer.configs.items()},
             "metrics": {name: dict(record) for name, record in answer.metrics.items()},

@@ -19,7 +19,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-type Result = Literal["completed", "error", "cancelled", "failed"]
+type Result = Literal["completed", "error", "cancelled", "failed", "broken"]
 
 # What a job may say of its progress, the metric's name, and what it is.
 _PROGRESS = {

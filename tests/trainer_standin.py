@@ -11,6 +11,10 @@ from app.payload import PayloadError
 from certs.errors import DatasetError
 
 
+class AcceleratorError(RuntimeError):
+    """By the name of torch's own."""
+
+
 class StandIn:
     """Answers with what it was given and who it is."""
 
@@ -32,6 +36,8 @@ class StandIn:
                 raise DatasetError("The dataset is empty.")
             case "payload":
                 raise PayloadError("finite", "It is not finite.")
+            case "broken":
+                raise AcceleratorError("CUDA error: an illegal memory access was encountered")
             case "crash":
                 raise ZeroDivisionError("division by zero\nand more")
         return Answer(

@@ -180,6 +180,18 @@ def test_failures_come_back_as_they_were_and_the_trainer_stays(trainer: Path) ->
     assert pid_of(trainer) == before
 
 
+def test_a_process_whose_gpu_failed_is_replaced(trainer: Path) -> None:
+    """Its CUDA context would fail every job after it."""
+    import torch
+
+    assert issubclass(torch.AcceleratorError, RuntimeError)
+    assert not issubclass(torch.OutOfMemoryError, torch.AcceleratorError)
+    before = pid_of(trainer)
+    with pytest.raises(RunFailedError, match="AcceleratorError: CUDA error"):
+        submit(job("broken"))
+    assert pid_of(trainer) != before
+
+
 def test_a_trainer_killed_in_mid_job(trainer: Path, tmp_path: Path) -> None:
     """The reason comes within 10 s, and who comes next is served by a new one."""
     before = pid_of(trainer)
