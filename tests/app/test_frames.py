@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,29 @@ def test_no_room_for_single_rows_is_one_sentence(datasets: dict[str, Path], home
     assert "\n" not in str(caught.value)
     home.unlink()
     assert frames.images([0])
+
+
+@pytest.mark.parametrize("kind", ["video, of another program", "images"])
+def test_threads_do_not_disturb_each_other(
+    kind: str, datasets: dict[str, Path], home: Path
+) -> None:
+    """A batch is read ahead in one thread while another one evaluates, and a third builds a cache."""
+    dataset = _open(datasets[kind])
+    frames = Frames(dataset, dataset.episodes)
+    camera = frames.cameras[0]
+    expected = np.stack([images[camera] for _, images in frames.decode()])
+
+    def random(seed: int) -> bool:
+        rows = np.random.default_rng(seed).permutation(len(frames))[:40]
+        return np.array_equal(frames.images(rows)[camera], expected[rows])
+
+    def ordered(_: int) -> bool:
+        return all(np.array_equal(images[camera], expected[row]) for row, images in frames.decode())
+
+    frames = Frames(dataset, dataset.episodes)
+    with ThreadPoolExecutor(6) as threads:
+        jobs = [threads.submit(job, seed) for seed in range(3) for job in (random, ordered)]
+        assert all(job.result() for job in jobs)
 
 
 def test_many_files_are_not_all_kept_open(
