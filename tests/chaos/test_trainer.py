@@ -88,6 +88,7 @@ def test_a_site_trains_again_after_a_kill_and_after_a_stop(
         run = control.start(run_request(ROOT, [KILLED]))
         until(trainer.steps, "training did not begin", processes)
         before = trainer.pid()
+        assert "trainer" not in (processes.logs / "superexec-superlink.log").read_text()
         os.kill(before, signal.SIGKILL)
         killed = time.monotonic()
         until(lambda: "train: The trainer ended" in trainer.log.read_text(), "silence", processes)
