@@ -47,13 +47,14 @@ class Worker:
     def handle(self, job: Job, progress: Progress) -> Answer:
         """The answer to a job; ``FleetError`` when it cannot be done, and whatever ``progress`` raises."""
         try:
-            match job.kind:
-                case "describe":
-                    return self._describe(job)
-                case "train":
-                    return self._train(self._begin(job, progress))
-                case "evaluate":
-                    return self._evaluate(self._begin(job, progress))
+            if job.kind == "describe":
+                return self._describe(job)
+            work = self._begin(job, progress)
+            answer = self._train(work) if job.kind == "train" else self._evaluate(work)
+            if simulation.is_simulated(job.node):
+                # Another process may have this site next.
+                work.state.settle()
+            return answer
         except _NotHeldError as error:
             _log.info("%s: %s; asking for the whole model", job.kind, error)
             return WANT_FULL
@@ -105,15 +106,17 @@ class Worker:
                 "every site."
             )
         tensors = _tensors(job.payload, state, base)
+        target = str(job.payload.target)
 
         import torch
 
         torch.set_num_threads(config.threads)
         model = self._resident.model(config, base, _device(job))
-        model.hold(str(job.payload.target), tensors)
-        return _Work(
-            job, request, number, started, progress, site, state, model, tensors, job.payload
-        )
+        model.hold(target, tensors)
+        if target not in (state.held(), base.hash):
+            # For the next round; the answer need not wait for the disk.
+            state.later(partial(state.keep_model, target, base.initial.shapes, tensors.items()))
+        return _Work(job, request, number, started, progress, site, state, model, job.payload)
 
     def _train(self, work: _Work) -> Answer:
         """Train the round's model on this site's episodes; the answer is the change and its metrics."""
@@ -144,9 +147,6 @@ class Worker:
         update, residual = _update(work, kept.residual)
         after = Kept(None if config.reset_optimizer else result.optimizer_state, residual)
         work.state.later(partial(work.state.keep, work.round, after))
-        if simulation.is_simulated(work.job.node):
-            # Another process may have this site next.
-            work.state.settle()
         metrics: dict[str, float | int] = {
             "loss": float(result.mean_loss),
             "last_loss": float(result.last_loss),
@@ -226,14 +226,18 @@ class _Work:
     site: Site
     state: SiteState
     model: Model
-    # The round's model, before training; read from disk at each access.
-    tensors: Tensors
     payload: Payload
     _told: float = field(default_factory=time.monotonic)
 
     @property
     def config(self) -> RunConfig:
         return self.request.config
+
+    def tensors(self) -> Tensors:
+        """The round's model, before training; read from disk at each access."""
+        self.state.settle()
+        held = self.state.held() == self.payload.target
+        return self.state.model() if held else self.model.base.initial
 
     @property
     def deadline(self) -> float:
@@ -289,9 +293,9 @@ class _Work:
 
 def _update(work: _Work, residual: Tensors | None) -> tuple[Payload, Tensors | None]:
     """What training changed, encoded with error feedback, and the residual that it leaves."""
-    codec, parts, left = work.config.codec, [], {}
+    codec, tensors, parts, left = work.config.codec, work.tensors(), [], {}
     for name, parameter in work.model.trainable.items():
-        delta = parameter.detach().cpu().numpy() - work.tensors[name]
+        delta = parameter.detach().cpu().numpy() - tensors[name]
         before = residual[name] if residual else None
         try:
             encoded, _, left[name] = payload.encode_feedback(delta, before, codec)
@@ -313,7 +317,7 @@ def _update(work: _Work, residual: Tensors | None) -> tuple[Payload, Tensors | N
 
 
 def _tensors(model: Payload, state: SiteState, base: Base) -> Tensors:
-    """The round's model, from the payload and what the site holds; kept for the next round."""
+    """The round's model, from the payload and what the site holds."""
     held = state.held()
     if held == model.target and held:
         return state.model()
@@ -329,9 +333,7 @@ def _tensors(model: Payload, state: SiteState, base: Base) -> Tensors:
     tensors = dict(payload.apply(source, model))
     if (found := payload.canonical_hash(tensors)) != model.target:
         raise _NotHeldError(f"model {found[:12]} came out, not {str(model.target)[:12]}")
-    state.keep_model(found, base.initial.shapes, tensors.items())
-    # From disk again: while it trains, a site's memory is for the policy.
-    return state.model()
+    return tensors
 
 
 def _place(job: Job, config: RunConfig) -> tuple[str, str]:
