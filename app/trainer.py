@@ -151,12 +151,18 @@ class Trainer:
             send(ticket.connection, {"begun": True})
             with self._metrics.job(kind) as ended:
                 reply, payload, ended.result = self._reply(ticket)
-            send(ticket.connection, reply, payload)
+            try:
+                send(ticket.connection, reply, payload)
+            except FleetError as error:
+                send(ticket.connection, _error(error))
             if ended.result == "broken":
                 raise SystemExit("after an error of its accelerator a process can only end")
-        except OSError:
-            _log.info("%s: the ClientApp is gone, nobody takes the answer", kind)
+        except OSError as error:
+            _log.info("%s: the ClientApp does not take the answer (%s)", kind, first_line(error))
         finally:
+            # Whatever happened, nobody waits for more.
+            with contextlib.suppress(OSError):
+                ticket.connection.shutdown(socket.SHUT_WR)
             self._running = None
             ticket.done.set()
             self._places.release()

@@ -177,6 +177,8 @@ def test_failures_come_back_as_they_were_and_the_trainer_stays(trainer: Path) ->
     with pytest.raises(RunFailedError, match=r"ZeroDivisionError: division by zero\)") as failed:
         submit(job("crash"))
     assert "\n" not in str(failed.value)
+    with pytest.raises(RunFailedError, match="cannot be said in JSON"):
+        submit(job("unsayable"))
     assert pid_of(trainer) == before
 
 
