@@ -156,7 +156,7 @@ def test_bad_input_is_one_sentence_and_a_code(
     [
         (
             "local-stepz=2",
-            "the unknown key 'local-stepz'; the keys are batch-size, codec, cycle-rounds, dynamic-mu",
+            "the unknown key 'local-stepz'; the keys are batch-size, codec, compile, cycle-rounds",
         ),
         ("rounds 5", "holds 'rounds'; write 'key=value key=value'"),
         (
