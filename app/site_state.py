@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from app import tensorfile
 from app.durable import sync, write_json
+from app.optimizer import OptimizerState
 from app.payload import Tensors
 from app.tensorfile import Lazy
-from app.training import OptimizerState
 from certs.errors import ConfigError, ModelError, StorageError
 
 SCHEMA = 1

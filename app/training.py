@@ -3,17 +3,15 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from app.loader import Batch, Loader, ahead, order
+from app.optimizer import OptimizerState, adamw, forget_incomplete, moments, pull
 from app.policy import trainable_tensors
 from certs.errors import ConfigError, RunFailedError, first_line
 
@@ -25,23 +23,10 @@ type Progress = Callable[[int, float, float, float], None]
 """Told a step (from 1), its loss, and since it was last told: samples a second, and the share of the time spent waiting
 for data. What it raises ends the training."""
 
-# AdamW's two moments, in torch's words.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # Seconds between two looks at the losses: each waits for the device, so a step should be short beside it.
 _PROGRESS_S = 1.0
 
 _log = logging.getLogger("flwr")
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """AdamW between two rounds: its steps so far, and ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of each tensor.
-
-    A tensor that no gradient reaches has no moments.
-    """
-
-    step: int
-    tensors: Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +144,7 @@ class _Run:
         self._trainable = trainable_tensors(policy)
         self._parameters = list(self._trainable.values())
         self._preset = policy.config.get_optimizer_preset()
-        self._optimizer = _optimizer(self._preset, self._trainable, optimizer_state)
+        self._optimizer = adamw(self._preset, self._trainable, optimizer_state)
         self._mu = proximal_mu
         self._anchors = [p.detach().clone() for p in self._parameters] if proximal_mu else []
         self._sizes: list[int] = []
@@ -187,10 +172,7 @@ class _Run:
                 return True
         # The error's frames are gone by now, and what they held with them.
         self._optimizer.zero_grad()
-        for parameter, state in list(self._optimizer.state.items()):
-            # AdamW makes a tensor's state one entry after the other and would not complete this one.
-            if len(state) <= len(_MOMENTS):
-                del self._optimizer.state[parameter]
+        forget_incomplete(self._optimizer)
         torch.cuda.empty_cache()
         return False
 
@@ -213,7 +195,7 @@ class _Run:
             total += loss.detach()
             size += len(part.batch.state)
             last = part.last
-        term = _pull(self._parameters, self._anchors, self._mu) if self._mu else total.new_zeros(())
+        term = pull(self._parameters, self._anchors, self._mu) if self._mu else total.new_zeros(())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._preset.grad_clip_norm)
         # Before the step: after it, there is nothing left that could run out of memory and be done again.
         values = torch.stack([total, norm, term])
@@ -246,7 +228,7 @@ class _Run:
             proximal_loss=math.fsum(terms) / self._steps if self._mu else None,
             grad_norm=math.fsum(norms) / self._steps,
             seconds=seconds,
-            optimizer_state=_moments(self._optimizer, self._trainable),
+            optimizer_state=moments(self._optimizer, self._trainable),
         )
 
 
@@ -358,65 +340,6 @@ def _compiling() -> Iterator[None]:
             f"The run config sets compile=true, but torch cannot compile the step at this site ({reason}): "
             "install a C++ compiler there, or set compile=false."
         ) from error
-
-
-def _optimizer(
-    preset: Any,
-    trainable: "Mapping[str, torch.Tensor]",
-    state: OptimizerState | None,
-) -> "torch.optim.AdamW":
-    """lerobot's AdamW (``preset.build``), all tensors in one kernel, with these moments."""
-    import torch
-
-    optimizer = torch.optim.AdamW(
-        trainable.values(),
-        lr=preset.lr,
-        betas=preset.betas,
-        eps=preset.eps,
-        weight_decay=preset.weight_decay,
-        fused=True,
-    )
-    for name, parameter in trainable.items():
-        if state and f"{_MOMENTS[0]}.{name}" in state.tensors:
-            # Copies, for AdamW changes them in place.
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=parameter.device),
-                **{
-                    kind: torch.tensor(state.tensors[f"{kind}.{name}"], device=parameter.device)
-                    for kind in _MOMENTS
-                },
-            }
-    return optimizer
-
-
-def _moments(
-    optimizer: "torch.optim.Optimizer", trainable: "Mapping[str, torch.Tensor]"
-) -> OptimizerState:
-    step, tensors = 0, {}
-    for name, parameter in trainable.items():
-        if state := optimizer.state.get(parameter):
-            step = int(state["step"])
-            for kind in _MOMENTS:
-                tensors[f"{kind}.{name}"] = state[kind].cpu().numpy()
-    return OptimizerState(step, tensors)
-
-
-def _pull(
-    parameters: "list[torch.Tensor]", anchors: "list[torch.Tensor]", mu: float
-) -> "torch.Tensor":
-    """Add the gradient of mu/2 * ||w - w0||^2, the value returned; one tensor's worth of memory, no graph."""
-    import torch
-
-    # One sum, not a list of them: small tensors kept between large ones fragment the heap (+400 MB for SmolVLA).
-    squares = torch.zeros((), device=parameters[0].device)
-    with torch.no_grad():
-        for parameter, anchor in zip(parameters, anchors, strict=True):
-            # A tensor that no gradient reaches does not move either.
-            if parameter.grad is not None:
-                change = parameter - anchor
-                parameter.grad.add_(change, alpha=mu)
-                squares += change.square_().sum()
-    return squares * (mu / 2)
 
 
 def _require_time(deadline: float | None, step: int, steps: int) -> None:

@@ -19,11 +19,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import client_app, dataset, rounds, schedule, server_app, statistics
-from app.config import RunConfig, models_directory
+from app.config import RunConfig, home, models_directory
 from app.dataset import SiteDataset
 from app.exchange import Exchange
 from app.journal import read_config, read_rounds, runs_root
-from app.policy import load_policy, load_processors, resolve_model, trainable_tensors
+from app.policy import (
+    frozen_hash,
+    load_policy,
+    load_processors,
+    resolve_model,
+    trainable_tensors,
+)
 from benchmarks.learning.table import show
 
 SITES = ("site-a", "site-b")
@@ -109,8 +115,7 @@ class Trial:
             policy = load_policy(self._base, "cpu")
             train(
                 policy,
-                self._processors(policy),
-                site,
+                self._loader(policy, site),
                 steps=run.rounds * run.local_steps,
                 batch_size=run.batch_size,
                 learning_rate=partial(schedule.learning_rate, run),
@@ -123,6 +128,25 @@ class Trial:
         for name, parameter in trainable_tensors(policy).items():
             parameter.data = torch.stack([w[name].data for w in weights]).mean(dim=0)
         return {**found, "alone, weights averaged": self._evaluate(self._base, policy)}
+
+    def _loader(self, policy: Any, site: SiteDataset) -> Any:
+        """A site's training frames, as its trainer has them."""
+        from app.frames import Frames
+        from app.loader import Loader
+        from app.prefix_cache import PrefixCache
+
+        frames, processors = Frames(site, site.train_episodes), self._processors(policy)
+        cache = PrefixCache.open(
+            policy,
+            processors,
+            frames,
+            range(len(frames)),
+            choice="auto",
+            frozen=frozen_hash(self._base),
+            folder=home() / "cache",
+            progress=lambda *_: None,
+        )
+        return Loader(policy, processors, frames, cache)
 
     def _evaluate(self, model: Path, policy: Any = None) -> list[Result]:
         """Every held-out frame of every site."""

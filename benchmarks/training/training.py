@@ -15,11 +15,12 @@ from typing import Any
 from app.dataset import SiteDataset, open_dataset
 from app.frames import Frames
 from app.loader import Loader
+from app.optimizer import OptimizerState
 from app.policy import Processors, frozen_hash, load_policy, load_processors
 from app.prefix_cache import PrefixCache
 from app.statistics import moments_of, normalisation
 from app.tiny_base import ensure_tiny_base
-from app.training import OptimizerState, noise_seed, train
+from app.training import noise_seed, train
 from benchmarks.data.recording import record
 from benchmarks.shapes import real_size
 from benchmarks.training.stock import Stock

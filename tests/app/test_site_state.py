@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.optimizer import OptimizerState
 from app.payload import Tensors
 from app.site_state import INDEX, Kept, SiteState
-from app.training import OptimizerState
 from certs.errors import ConfigError, ModelError, StorageError
 
 SHAPES = {"a": (3, 2), "b": (4,), "c": ()}

@@ -19,10 +19,11 @@ from app.dataset import SiteDataset, open_dataset
 from app.evaluation import evaluate
 from app.frames import Frames
 from app.loader import Batch, Loader
+from app.optimizer import OptimizerState
 from app.policy import load_policy, load_processors, trainable_tensors
 from app.site_state import Kept, SiteState
 from app.statistics import moments_of, normalisation
-from app.training import OptimizerState, Progress, TrainResult, train
+from app.training import Progress, TrainResult, train
 from certs.errors import ConfigError, RunFailedError
 from tests.loading import loader_of
 
