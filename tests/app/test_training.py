@@ -615,6 +615,48 @@ def test_progress_is_told_now_and_then_and_at_the_end(
     assert [waited for *_, waited in told] == pytest.approx(4 * [0.2])
 
 
+@pytest.mark.parametrize("proximal_mu", [0.0, 0.5])
+def test_no_step_waits_for_the_device(
+    policy: Any, loader: Loader, monkeypatch: pytest.MonkeyPatch, proximal_mu: float
+) -> None:
+    """Between two looks no tensor becomes a number, for which a GPU would have to be done with all its work."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read: list[str] = []
+
+    class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "_local_scalar_dense" in str(func):
+                read.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    parts = training._parts
+
+    def drawn(*arguments: Any) -> Any:
+        # The order of frames and the draws are the CPU's, wherever the training is.
+        made = list(parts(*arguments))
+        read.clear()
+        return iter(made)
+
+    monkeypatch.setattr(training, "_parts", drawn)
+    monkeypatch.setattr(training, "_PROGRESS_S", math.inf)
+    seen: list[list[str]] = []
+    with Reads():  # type: ignore[no-untyped-call]
+        _train(
+            policy,
+            loader,
+            4,
+            micro_batch=3,
+            proximal_mu=proximal_mu,
+            progress=lambda *_: seen.append(list(read)),
+        )
+    assert seen == [[]]
+    # It would have been noticed: the step count that is read at the end is.
+    assert read
+
+
 def test_training_ends_with_what_progress_raises(policy: Any, loader: Loader) -> None:
     """So a job is cancelled; the next one finds the loader as it was."""
 
