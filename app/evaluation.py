@@ -5,7 +5,7 @@ functions of the frame, so rounds can be compared, whatever the batch size and o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from app.prefix import Prefix
     from app.prefix_cache import PrefixCache
+
+type Progress = Callable[[int, int], None]
+"""Told frames done and frames in all; what it raises ends the evaluation."""
 
 # Flow-matching times per frame, one in each quarter of the distribution that training draws from.
 _TIMES = 4
@@ -47,6 +50,7 @@ def evaluate(
     batches: int,
     seed: int,
     cache: "PrefixCache | None" = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Evaluate up to ``batch_size * batches`` of these frames, spread evenly over their episodes.
 
@@ -55,7 +59,14 @@ def evaluate(
     """
     rows = spread(len(frames), batch_size * batches)
     return evaluate_rows(
-        policy, processors, frames, rows, batch_size=batch_size, seed=seed, cache=cache
+        policy,
+        processors,
+        frames,
+        rows,
+        batch_size=batch_size,
+        seed=seed,
+        cache=cache,
+        progress=progress,
     )
 
 
@@ -74,6 +85,7 @@ def evaluate_rows(
     batch_size: int,
     seed: int,
     cache: "PrefixCache | None" = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Evaluate these rows. Raises DatasetError."""
     import torch
@@ -100,6 +112,8 @@ def evaluate_rows(
             error = (predicted - target) * inside[..., None]
             squares += np.square(error).sum(axis=(0, 1))
             valid += int(inside.sum())
+            if progress:
+                progress(start + len(chosen), len(rows))
     return EvalResult(
         # fsum rounds once, so the order of frames cannot show.
         loss=math.fsum(losses) / len(losses),

@@ -174,6 +174,7 @@ class Worker:
             batches=config.eval_batches,
             seed=config.seed,
             cache=cache,
+            progress=work.measuring,
         )
         metrics = {
             "loss": float(result.loss),
@@ -267,6 +268,16 @@ class _Work:
             )
         if total:
             self._say(f"prefix cache: frame {done}/{total}")
+
+    def measuring(self, done: int, total: int) -> None:
+        """So many held-out frames are evaluated."""
+        self.progress(kind="evaluate", evaluated=done, frames=total)
+        if done < total and time.monotonic() >= self.deadline:
+            raise RunFailedError(
+                f"The round's deadline passed after {done} of {total} held-out frames at this "
+                "site: raise round-timeout or lower eval-batches."
+            )
+        self._say(f"frame {done}/{total}")
 
     def stepping(self, step: int, loss: float, rate: float, waited: float) -> None:
         """A training step is done; ``rate`` in samples a second, ``waited`` the share of waiting for data."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -351,3 +352,41 @@ def test_a_copy_of_the_directory_is_a_state(tmp_path: Path) -> None:
     hold(state, 1)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     assert held(SiteState(tmp_path / "there", "run")) == 1
+
+
+def test_what_is_written_later_is_waited_for(tmp_path: Path) -> None:
+    state, may_write = SiteState(tmp_path, "run"), threading.Event()
+
+    def write() -> None:
+        assert may_write.wait(60)
+        state.keep(1, kept(10))
+
+    state.later(write)
+    assert state.before(2) is None
+    may_write.set()
+    state.refresh()
+    assert trained(state, 2) == trained(SiteState(tmp_path, "run"), 2) == 10
+
+
+def test_a_later_write_that_failed_is_said_once(tmp_path: Path) -> None:
+    state = SiteState(tmp_path, "run")
+    state.keep(1, kept(10))
+
+    def full() -> None:
+        raise StorageError("The disk is full.")
+
+    state.later(full)
+    with pytest.raises(StorageError, match="full"):
+        state.settle()
+    state.settle()
+    assert trained(state, 2) == 10
+
+
+def test_the_newest_state_stays_in_memory_until_another_process_writes(tmp_path: Path) -> None:
+    state, other = SiteState(tmp_path, "run"), SiteState(tmp_path, "run")
+    mine = kept(10)
+    state.keep(1, mine)
+    assert state.before(2) is mine
+    other.keep(1, kept(20))
+    state.refresh()
+    assert trained(state, 2) == 20

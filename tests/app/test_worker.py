@@ -210,6 +210,17 @@ def test_a_round_done_again_starts_where_it_started(
     assert second.sha256 == again.sha256 != third.sha256
 
 
+def test_an_evaluation_ends_itself_at_the_deadline(
+    worker: Worker, tiny_base: Path, tiny_dataset: Path
+) -> None:
+    run = Run(tiny_base, tiny_dataset, settings={"eval_batches": 2})
+    run.describe(worker)
+    run.evaluate(worker, 0)
+    run.config = RunConfig(**{**vars(run.config), "round_timeout": 1e-6})
+    with pytest.raises(RunFailedError, match="4 of 8 held-out frames"):
+        run.evaluate(worker, 0)
+
+
 class StopHereError(Exception):
     """What a cancelled job raises."""
 
