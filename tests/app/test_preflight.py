@@ -496,7 +496,7 @@ def _edit_images(root: Path, change: Callable[[dict[str, Any]], object], rows: s
         (
             lambda image: image.update(bytes=b"no image"),
             slice(0, 1),
-            "episode 0 .* 1 images .*frame 0: in no image format",
+            "episode 0 .* 1 images .*frame 0: it is in no image format",
         ),
         (
             lambda image: image.update(bytes=None),
