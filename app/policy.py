@@ -151,8 +151,7 @@ def load_processors(
 
     statistics = {
         key: {
-            name: torch.from_numpy(np.array(values, np.float32))
-            for name, values in moments.items()
+            name: torch.from_numpy(np.array(values, np.float32)) for name, values in moments.items()
         }
         for key, moments in normalisation.items()
     }
