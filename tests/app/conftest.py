@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.dataset import SiteDataset, open_dataset
 from tests.hub import Hub, serving
 from tests.recorder import record
 
@@ -38,6 +40,29 @@ def tiny_base(models: Path) -> Path:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four episodes of 30, 35, 40 and 45 frames."""
     return record(tmp_path_factory.mktemp("data") / "site")
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_dataset: Path) -> SiteDataset:
+    """It, with one episode held out."""
+    return open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_base: Path) -> Any:
+    """The tiny SmolVLA, for tests that do not train it."""
+    from app.policy import load_policy
+
+    return load_policy(tiny_base, "cpu")
+
+
+@pytest.fixture(scope="module")
+def processors(tiny_base: Path, policy: Any, dataset: SiteDataset) -> Any:
+    """Its pre- and post-processor, with the dataset's statistics."""
+    from app.policy import load_processors
+    from app.statistics import moments_of, normalisation
+
+    return load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
 
 
 @pytest.fixture

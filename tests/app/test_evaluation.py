@@ -9,34 +9,19 @@ import numpy as np
 import pytest
 
 from app import evaluation
-from app.dataset import SiteDataset, open_dataset
+from app.dataset import SiteDataset
 from app.evaluation import evaluate, evaluate_rows, spread
 from app.frames import Frames
-from app.policy import CAMERAS, load_policy, load_processors
+from app.policy import CAMERAS, load_processors
 from app.statistics import moments_of, normalisation
 
 if TYPE_CHECKING:
     from app.prefix import Prefix
 
 
-@pytest.fixture(scope="module")
-def dataset(tiny_dataset: Path) -> SiteDataset:
-    return open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
-
-
 @pytest.fixture
 def frames(dataset: SiteDataset) -> Frames:
     return Frames(dataset, dataset.held_out_episodes)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_base: Path) -> Any:
-    return load_policy(tiny_base, "cpu")
-
-
-@pytest.fixture(scope="module")
-def processors(tiny_base: Path, policy: Any, dataset: SiteDataset) -> Any:
-    return load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
 
 
 def _lerobot(processors: Any, dataset: SiteDataset, rows: Sequence[int]) -> tuple[Any, Any]:

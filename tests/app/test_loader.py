@@ -10,33 +10,16 @@ from typing import Any
 import pytest
 
 from app import prefix
-from app.dataset import SiteDataset, open_dataset
+from app.dataset import SiteDataset
 from app.frames import Frames
 from app.loader import Loader, ahead, order
-from app.policy import load_policy, load_processors
-from app.statistics import moments_of, normalisation
 from certs.errors import DatasetError
 from tests.loading import loader_of
 
 
 @pytest.fixture(scope="module")
-def dataset(tiny_dataset: Path) -> SiteDataset:
-    return open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
-
-
-@pytest.fixture(scope="module")
 def frames(dataset: SiteDataset) -> Frames:
     return Frames(dataset, dataset.train_episodes)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_base: Path) -> Any:
-    return load_policy(tiny_base, "cpu")
-
-
-@pytest.fixture(scope="module")
-def processors(tiny_base: Path, policy: Any, dataset: SiteDataset) -> Any:
-    return load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
 
 
 @pytest.fixture

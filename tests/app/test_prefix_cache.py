@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from app import memory
-from app.dataset import SiteDataset, open_dataset
+from app.dataset import SiteDataset
 from app.frames import Frames
 from app.policy import frozen_hash, load_policy, load_processors
 from app.prefix_cache import PrefixCache
@@ -26,21 +26,6 @@ KEPT = ("memory", "disk", "embeddings")
 TASKS = ("Pick up the cube and place it in the box.", "Wait.")
 
 Open = Callable[..., PrefixCache]
-
-
-@pytest.fixture(scope="module")
-def dataset(tiny_dataset: Path) -> SiteDataset:
-    return open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_base: Path) -> Any:
-    return load_policy(tiny_base, "cpu")
-
-
-@pytest.fixture(scope="module")
-def processors(tiny_base: Path, policy: Any, dataset: SiteDataset) -> Any:
-    return load_processors(tiny_base, policy, normalisation(moments_of(dataset)))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from app import prefix, training
 from app.augmentation import augment
-from app.dataset import SiteDataset, open_dataset
+from app.dataset import SiteDataset
 from app.evaluation import evaluate
 from app.frames import Frames
 from app.loader import Batch, Loader
@@ -26,11 +26,6 @@ from app.statistics import moments_of, normalisation
 from app.training import Progress, TrainResult, train
 from certs.errors import ConfigError, RunFailedError
 from tests.loading import loader_of
-
-
-@pytest.fixture(scope="module")
-def dataset(tiny_dataset: Path) -> SiteDataset:
-    return open_dataset(str(tiny_dataset), held_out=0.25, seed=0)
 
 
 @pytest.fixture(scope="module")
