@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.policy import Processors
+from app.prefix_store import moved
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +108,7 @@ class Loader:
 
     def moved(self, array: "NDArray[Any] | torch.Tensor") -> "torch.Tensor":
         """``array`` on the device."""
-        import torch
-
-        tensor = torch.as_tensor(array)
-        if self.device.type != "cuda":
-            return tensor
-        # From pinned memory the copy does not wait for the work before it.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return moved(array, self.device)
 
 
 def order(frames: int, *, batch_size: int, seed: int, step: int) -> Iterator[NDArray[np.int64]]:

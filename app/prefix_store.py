@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -53,11 +53,11 @@ class Layout:
         return self.count * self.row_bytes
 
 
-def moved(numbers: NDArray[np.int64], device: "torch.device") -> "torch.Tensor":
-    """``numbers`` on the device; from pinned memory the copy does not wait for the work before it."""
+def moved(array: "NDArray[Any] | torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """``array`` on the device; from pinned memory the copy does not wait for the work before it."""
     import torch
 
-    tensor = torch.from_numpy(numbers)
+    tensor = torch.as_tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from transformers import PreTrainedTokenizerFast
 
 # The weights of every site must be the same bytes, so the seed is part of the model, not a setting.
@@ -184,32 +185,34 @@ def _save_vlm(folder: Path) -> Path:
     return folder
 
 
-def _policy(vlm: Path) -> Any:
-    """SmolVLA with the features and switches of lerobot/smolvla_base, over the tiny VLM."""
+def base_config(vlm: Path, layers: int, **settings: Any) -> "SmolVLAConfig":
+    """The features and switches of lerobot/smolvla_base over the VLM in ``vlm``, of which it uses ``layers``."""
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
     cameras = {
         f"observation.images.camera{number}": PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
         for number in (1, 2, 3)
     }
-    config = SmolVLAConfig(
+    return SmolVLAConfig(
         vlm_model_name=str(vlm),
         load_vlm_weights=False,
-        num_vlm_layers=_LAYERS,
+        num_vlm_layers=layers,
         num_expert_layers=0,
         prefix_length=0,
         pad_language_to="max_length",
-        resize_imgs_with_padding=(_IMAGE, _IMAGE),
-        input_features={
-            "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
-            **cameras,
-        },
+        input_features={"observation.state": PolicyFeature(FeatureType.STATE, (6,)), **cameras},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
         device="cpu",
         push_to_hub=False,
+        **settings,
     )
+
+
+def _policy(vlm: Path) -> Any:
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    config = base_config(vlm, _LAYERS, resize_imgs_with_padding=(_IMAGE, _IMAGE))
     policy = SmolVLAPolicy(config)
     # As the real base says: its VLM directory holds weights.
     config.load_vlm_weights = True

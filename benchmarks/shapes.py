@@ -85,27 +85,12 @@ def smolvla(vlm: Path) -> "SmolVLAPolicy":
     The tiny model's tokenizer and processor in ``vlm`` have no weights, and stand in for the real ones; its
     configuration is changed.
     """
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
+    from app.tiny_base import base_config
+
     _resize(vlm / "config.json")
-    cameras = {
-        f"observation.images.camera{number}": PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
-        for number in (1, 2, 3)
-    }
-    config = SmolVLAConfig(
-        vlm_model_name=str(vlm),
-        load_vlm_weights=False,
-        num_vlm_layers=_LAYERS,
-        num_expert_layers=0,
-        prefix_length=0,
-        pad_language_to="max_length",
-        input_features={"observation.state": PolicyFeature(FeatureType.STATE, (6,)), **cameras},
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
-        device="cpu",
-        push_to_hub=False,
-    )
+    config = base_config(vlm, _LAYERS)
     with contextlib.redirect_stdout(io.StringIO()):
         return SmolVLAPolicy(config)
 
