@@ -28,7 +28,15 @@ from certs.files import (
     read,
     write_atomic,
 )
-from certs.roles import SUPERLINK_NAME, Role, checked_name, spiffe_id, subject
+from certs.roles import (
+    ENROLMENT_NAME,
+    SUPERLINK_NAME,
+    Role,
+    checked_name,
+    checked_site,
+    spiffe_id,
+    subject,
+)
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 # A site is the least guarded machine, so its certificate (and that of the SuperExec beside it) lives shortest. The
@@ -37,12 +45,15 @@ LIFETIMES = {
     Role.SITE: timedelta(days=7),
     Role.SUPEREXEC: timedelta(days=7),
     Role.SUPERLINK: timedelta(days=30),
+    Role.ENROLMENT: timedelta(days=30),
     Role.OPERATOR: timedelta(days=30),
     Role.MONITOR: timedelta(days=30),
 }
 # The SuperNode also serves its SuperExec (Runtime API), hence a server certificate. Clients check the server's role,
 # so a site cannot pose as the SuperLink with it. The SuperLink's own health probe is a client.
-SERVERS = frozenset({Role.SUPERLINK, Role.SITE})
+SERVERS = frozenset({Role.SUPERLINK, Role.ENROLMENT, Role.SITE})
+# A federation has one of each.
+ONLY_NAMES = {Role.SUPERLINK: SUPERLINK_NAME, Role.ENROLMENT: ENROLMENT_NAME}
 # Machines whose clock runs behind must accept a certificate made this moment.
 CLOCK_SKEW = timedelta(minutes=5)
 # A list older than this is reported as stale; it is signed anew at every revocation and every 'certs' command.
@@ -161,9 +172,9 @@ class Authority:
 
         ``hosts`` are DNS names and IP addresses a server answers at; roles that serve nothing must have none.
         """
-        checked_name(name)
-        if role is Role.SUPERLINK and name != SUPERLINK_NAME:
-            raise CertificateError(f"the SuperLink's name is {SUPERLINK_NAME!r}, not {name!r}")
+        checked_site(name) if role is Role.SITE else checked_name(name)
+        if role in ONLY_NAMES and name != ONLY_NAMES[role]:
+            raise CertificateError(f"the only {role} is named {ONLY_NAMES[role]!r}, not {name!r}")
         if hosts and role not in SERVERS:
             raise CertificateError(
                 f"a certificate of role {role} serves nothing; leave out the hosts"
@@ -233,6 +244,11 @@ class Authority:
             return [Issued.from_json(json.loads(line)) for line in lines]
         except (ValueError, KeyError) as error:
             raise CertificateError(f"the index {path} is damaged: {error}") from error
+
+    @property
+    def bundle(self) -> bytes:
+        """The certificates that every holder trusts, PEM: more than one while the authority is being replaced."""
+        return read(self.directory / "ca.crt", "authority certificate")
 
     @property
     def crl(self) -> Path:

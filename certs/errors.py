@@ -74,3 +74,21 @@ class StorageError(FleetError):
     """A directory that must hold state or results cannot be written."""
 
     exit_code = 19
+
+
+class InvitationError(FleetError):
+    """An invitation is damaged, expired, used, cancelled, or of another federation."""
+
+    exit_code = 20
+
+
+class ClockError(FleetError):
+    """This machine's clock is too far from the SuperLink's."""
+
+    exit_code = 21
+
+
+class HardwareError(FleetError):
+    """The GPU, its driver or its memory does not suffice for what is asked of the site."""
+
+    exit_code = 22

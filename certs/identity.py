@@ -25,7 +25,7 @@ from certs.files import (
     read,
     write_atomic,
 )
-from certs.roles import SUPERLINK_NAME, Peer, Role
+from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Peer, Role, checked_site
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,15 @@ def ensure_federation(
 
     Its servers answer at localhost, at ``hosts`` and, for containers, at their own names.
     """
-    if SUPERLINK_NAME in sites:
-        raise CertificateError(f"a site cannot be named {SUPERLINK_NAME!r}; choose another name")
+    for site in sites:
+        checked_site(site)
     authority = Authority.init(authority_directory(pki), federation)
     # A federation whose members never change would otherwise let its list go stale.
     authority.renew_crl()
     local = ["localhost", "127.0.0.1", *hosts]
     holders: list[tuple[Role, str, list[str]]] = [
         (Role.SUPERLINK, SUPERLINK_NAME, [*local, SUPERLINK_NAME]),
+        (Role.ENROLMENT, ENROLMENT_NAME, [*local, ENROLMENT_NAME]),
         (Role.SUPEREXEC, SUPERLINK_NAME, []),
         (Role.OPERATOR, "admin", []),
         (Role.MONITOR, "prometheus", []),
@@ -188,7 +189,7 @@ def _is_good(
 
 def _complete(authority: Authority, directory: Path, role: Role) -> None:
     """Write what goes beside key and certificate."""
-    write_atomic(directory / "ca.crt", pem_certificate(authority.certificate))
+    write_atomic(directory / "ca.crt", authority.bundle)
     if role is Role.SUPERLINK:
         write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
     if role is Role.SITE:

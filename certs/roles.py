@@ -22,6 +22,7 @@ class Role(StrEnum):
     """What a certificate's holder may do."""
 
     SUPERLINK = "superlink"
+    ENROLMENT = "enrolment"
     SITE = "site"
     OPERATOR = "operator"
     SUPEREXEC = "superexec"
@@ -30,6 +31,8 @@ class Role(StrEnum):
 
 # The one SuperLink of a federation, and the SuperExec that runs its ServerApp, go by this name.
 SUPERLINK_NAME = "superlink"
+# The one process that holds the authority's key and answers those who have no certificate yet.
+ENROLMENT_NAME = "enrolment"
 
 
 def checked_name(name: str, what: str = "name") -> str:
@@ -39,6 +42,15 @@ def checked_name(name: str, what: str = "name") -> str:
             f"{what} {name!r} is not allowed: use 1 to 63 lower-case letters, digits and dashes, "
             "beginning and ending with a letter or digit"
         )
+    return name
+
+
+def checked_site(name: str) -> str:
+    """Return ``name`` when a site may bear it; raise ``CertificateError`` that quotes it otherwise."""
+    checked_name(name, "site name")
+    if name == SUPERLINK_NAME:
+        # Its SuperExec would bear the name of the one that may run ServerApps.
+        raise CertificateError(f"a site cannot be named {name!r}; choose another name")
     return name
 
 

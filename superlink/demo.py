@@ -5,8 +5,6 @@ at the end or on Ctrl-C, and by the kernel should it be killed.
 """
 
 import contextlib
-import functools
-import os
 import queue
 import shutil
 import signal
@@ -15,16 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import typer
 
-from certs.errors import FleetError, RunFailedError
+from certs.errors import FleetError
 from certs.health import check
 from certs.identity import Identity, ensure_federation, identity_directory
-from certs.parent import end_with_parent
+from certs.processes import Processes
 from certs.roles import SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
@@ -32,56 +29,6 @@ from superlink.control import Control, run_request
 SITES = ("site-a", "site-b")
 # Importing Flower takes 3 s on an idle core; five processes share two cores.
 _START_SECONDS = 120.0
-# A SuperNode tells the SuperLink that it goes, the SuperLink lets open requests end.
-_STOP_SECONDS = 15.0
-
-
-@dataclass
-class Processes:
-    """The federation's processes, in the order they were started."""
-
-    logs: Path
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def start(self, name: str, *arguments: str, **environment: str) -> None:
-        """Start ``vlafleet ARGUMENTS`` with its output in ``logs/NAME.log``."""
-        log = self.logs / f"{name}.log"
-        with log.open("wb") as output:
-            self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "vlafleet", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-                # A terminal's Ctrl-C reaches this process alone, which then ends the others in order.
-                start_new_session=True,
-                # Safe: no thread runs yet while processes are started.
-                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
-            )
-
-    def check(self) -> None:
-        """Raise ``RunFailedError`` when a process has ended on its own."""
-        for name, process in self.running.items():
-            if process.poll() is not None:
-                log = self.logs / f"{name}.log"
-                last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise RunFailedError(
-                    f"{name} ended with exit code {process.returncode}: "
-                    f"{last[0] if last else 'it said nothing'} ({log})"
-                )
-
-    def stop(self) -> None:
-        """End every process, the last started first, so that each can still tell its server that it goes."""
-        for process in reversed(self.running.values()):
-            process.terminate()
-        deadline = time.monotonic() + _STOP_SECONDS
-        for process in reversed(self.running.values()):
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.running.clear()
 
 
 @contextlib.contextmanager

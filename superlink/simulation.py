@@ -18,10 +18,11 @@ import typer
 from certs.errors import ConfigError, FleetError, ToolError
 from certs.identity import Identity, ensure_federation, identity_directory
 from certs.parent import adopt_orphans, end_children
+from certs.processes import Processes
 from certs.roles import SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
-from superlink.demo import Processes, of_the_run, report_latest, wait_for_superlink
+from superlink.demo import of_the_run, report_latest, wait_for_superlink
 
 if TYPE_CHECKING:
     from flwr.proto.control_pb2 import StartRunRequest

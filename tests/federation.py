@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from certs.identity import Identity, authority_directory, ensure_federation, identity_directory
+from certs.processes import Processes
 from certs.roles import Role
 from superlink.control import Control
-from superlink.demo import Processes, wait_for_superlink
+from superlink.demo import wait_for_superlink
 from tests.wire import Answer, ask, context
 
 SITES = ("site-a", "site-b")

@@ -69,7 +69,7 @@ def test_certs_from_nothing(tmp_path: Path, vlafleet: Vlafleet) -> None:
             "the authority certificate {tmp}/none/ca/ca.crt cannot be read",
         ),
         ("certs issue {pki} site Lab_1", 10, "'Lab_1' is not allowed"),
-        ("certs issue {pki} superlink other", 10, "the SuperLink's name is 'superlink'"),
+        ("certs issue {pki} superlink other", 10, "the only superlink is named 'superlink'"),
         ("certs init {pki} --federation other", 10, "holds the authority of 'test'"),
         ("certs init /proc/none --federation lab", 10, "cannot be made"),
         ("certs inspect {tmp}/none.crt", 10, "cannot be read: No such file"),

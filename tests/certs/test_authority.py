@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs.authority import LIFETIMES, SERVERS, Authority
+from certs.authority import LIFETIMES, ONLY_NAMES, SERVERS, Authority
 from certs.errors import CertificateError
 from certs.files import load_certificate, load_key, pem_certificate
 from certs.identity import Identity, ensure_identity
@@ -22,7 +22,7 @@ def fresh(tmp_path: Path) -> Authority:
 
 
 def name_of(role: Role) -> str:
-    return "superlink" if role is Role.SUPERLINK else "one"
+    return ONLY_NAMES.get(role, "one")
 
 
 @pytest.mark.parametrize("role", list(Role))

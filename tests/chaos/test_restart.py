@@ -10,8 +10,9 @@ import pytest
 
 from app.journal import read_config, read_rounds
 from certs.errors import ConnectionRefusedByFleetError
+from certs.processes import Processes
 from superlink.control import Control, RunStatus, run_request
-from superlink.demo import Processes, federation
+from superlink.demo import federation
 from tests.recorder import record
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,9 @@ import pytest
 from app import trainer_client, trainer_wire
 from app.journal import read_rounds
 from certs.errors import RunFailedError
+from certs.processes import Processes
 from superlink.control import Control, run_request
-from superlink.demo import Processes, federation
+from superlink.demo import federation
 from tests.recorder import record
 
 ROOT = Path(__file__).parents[2]
