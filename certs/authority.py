@@ -28,6 +28,7 @@ from certs.files import (
     read,
     write_atomic,
 )
+from certs.lifetime import AUTHORITY_LIFETIME, CLOCK_SKEW, LIFETIMES
 from certs.roles import (
     ENROLMENT_NAME,
     SUPERLINK_NAME,
@@ -38,24 +39,11 @@ from certs.roles import (
     subject,
 )
 
-AUTHORITY_LIFETIME = timedelta(days=3650)
-# A site is the least guarded machine, so its certificate (and that of the SuperExec beside it) lives shortest. The
-# others stand on the operator's own machines, where a month keeps renewal practised but not a daily chore.
-LIFETIMES = {
-    Role.SITE: timedelta(days=7),
-    Role.SUPEREXEC: timedelta(days=7),
-    Role.SUPERLINK: timedelta(days=30),
-    Role.ENROLMENT: timedelta(days=30),
-    Role.OPERATOR: timedelta(days=30),
-    Role.MONITOR: timedelta(days=30),
-}
 # The SuperNode also serves its SuperExec (Runtime API), hence a server certificate. Clients check the server's role,
 # so a site cannot pose as the SuperLink with it. The SuperLink's own health probe is a client.
 SERVERS = frozenset({Role.SUPERLINK, Role.ENROLMENT, Role.SITE})
 # A federation has one of each.
 ONLY_NAMES = {Role.SUPERLINK: SUPERLINK_NAME, Role.ENROLMENT: ENROLMENT_NAME}
-# Machines whose clock runs behind must accept a certificate made this moment.
-CLOCK_SKEW = timedelta(minutes=5)
 # A list older than this is reported as stale; it is signed anew at every revocation and every 'certs' command.
 CRL_LIFETIME = timedelta(days=30)
 

@@ -27,6 +27,11 @@ IdentityOption = Annotated[
 SuperLinkOption = Annotated[
     str, typer.Option(envvar="VLAFLEET_SUPERLINK", help="The SuperLink, host:port.")
 ]
+# Declare with the default None: a federation may issue every certificate by hand.
+EnrolmentOption = Annotated[
+    str | None,
+    typer.Option(envvar="VLAFLEET_ENROLMENT", help="The enrolment service, host:port."),
+]
 Pki = Annotated[
     Path, typer.Argument(help="The PKI directory; the authority lies in its folder 'ca'.")
 ]

@@ -9,10 +9,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs.authority import LIFETIMES, ONLY_NAMES, SERVERS, Authority
+from certs.authority import ONLY_NAMES, SERVERS, Authority
 from certs.errors import CertificateError
 from certs.files import load_certificate, load_key, pem_certificate
 from certs.identity import Identity, ensure_identity
+from certs.lifetime import LIFETIMES
 from certs.roles import Peer, Role
 
 
