@@ -1,8 +1,9 @@
 """The audit log: who did what and from where, one JSON object (RFC 8259) a line, only ever appended.
 
-Several processes may write one file: a line is one ``write`` with ``O_APPEND``, which Linux does not interleave.
+Several processes may write one file: a line is one ``write`` with ``O_APPEND``, under the file's lock.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -93,9 +94,11 @@ class Audit:
     def _append(self, line: bytes, *, sync: bool) -> None:
         descriptor = self._open()
         try:
+            # A reader of the last byte could otherwise meet the middle of another process's line.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
             # A full disk or a power cut may have left half a line: this one does not join it.
-            if size and os.pread(descriptor, 1, size - 1) not in {b"\n", b""}:
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             written = os.write(descriptor, line)
             if written < len(line):
