@@ -2,8 +2,16 @@
 
 ``tls.key``, ``tls.crt``, ``ca.crt``; the SuperLink's also holds ``crl.pem``, a site's its SuperNode key pair
 (``node.key``, ``node.pub``, OpenSSH, the key Flower's SuperNode authentication knows the site by).
+
+A renewal replaces the first three at once. What is new is written to ``renewed.pem`` first, a redo record: from then on
+it is what the identity says, and whoever reads it after a crash finishes the replacement.
 """
 
+import contextlib
+import fcntl
+import os
+import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,12 +28,21 @@ from certs.errors import CertificateError
 from certs.files import (
     ensure_key,
     load_certificate,
-    load_key,
+    parse_certificates,
+    parse_key,
     pem_certificate,
+    pem_key,
     read,
+    read_private,
+    sync_directory,
     write_atomic,
 )
+from certs.lifetime import renew_at
 from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Peer, Role, checked_site
+
+_RECORD = "renewed.pem"
+# Files that do not fit together are read again for so long: somebody may be replacing them one after the other.
+_SETTLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Identity:
 
     @property
     def authority(self) -> Path:
-        """The authority's certificate, PEM."""
+        """The authority's certificate, PEM; two of them while the authority is being replaced."""
         return self.directory / "ca.crt"
 
     @property
@@ -69,25 +86,13 @@ class Identity:
     @classmethod
     def load(cls, directory: Path, *roles: Role) -> Self:
         """Open an identity; raise ``CertificateError`` unless it is complete, current and of one of ``roles``."""
-        certificate = load_certificate(directory / "tls.crt")
-        authority = load_certificate(directory / "ca.crt", "authority certificate")
-        key = load_key(directory / "tls.key")
+        certificate = _settled(directory).check()
         peer = Peer.of(certificate)
         if peer.role not in roles:
             raise CertificateError(
                 f"{directory} is the identity of {peer.role} {peer.name!r}; "
                 f"this command needs one of role {' or '.join(roles)}"
             )
-        if certificate.public_key() != key.public_key():
-            raise CertificateError(
-                f"{directory}: tls.key and tls.crt do not belong together; issue the certificate again"
-            )
-        try:
-            certificate.verify_directly_issued_by(authority)
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise CertificateError(
-                f"{directory}: tls.crt was not issued by the authority in ca.crt; issue it again"
-            ) from error
         now = datetime.now(UTC)
         if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
             raise CertificateError(
@@ -96,6 +101,174 @@ class Identity:
                 f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; issue it again or correct the clock"
             )
         return cls(directory, peer, certificate.not_valid_after_utc)
+
+    def bundle(self) -> str:
+        """Return the certificates of the authorities that are trusted now, PEM."""
+        return _read(self.directory).authority.decode()
+
+    def authorities(self) -> list[x509.Certificate]:
+        """Return the authorities that are trusted now."""
+        return _read(self.directory).authorities()
+
+    @contextlib.contextmanager
+    def chain(self) -> Iterator[str]:
+        """Lend a file that holds the certificate and its key, for ``SSLContext.load_cert_chain``.
+
+        Two files read one after the other may be of two renewals. This one lies in memory only.
+        """
+        held = _settled(self.directory)
+        with os.fdopen(os.memfd_create("identity"), "wb") as file:
+            file.write(held.certificate + held.key)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the files of an identity say, PEM."""
+
+    directory: Path
+    key: bytes
+    certificate: bytes
+    authority: bytes
+
+    def authorities(self) -> list[x509.Certificate]:
+        return parse_certificates(
+            self.authority, self.directory / "ca.crt", "authority certificate"
+        )
+
+    def check(self) -> x509.Certificate:
+        """Return the certificate; raise ``CertificateError`` unless the key is its own and an authority signed it."""
+        path = self.directory / "tls.crt"
+        certificate = parse_certificates(self.certificate, path, "certificate")[0]
+        authorities = self.authorities()
+        if certificate.public_key() != parse_key(self.key, self.directory / "tls.key").public_key():
+            raise _MismatchError(
+                f"{self.directory}: tls.key and tls.crt do not belong together; issue the certificate again"
+            )
+        if not is_issued_by(certificate, authorities):
+            raise _MismatchError(
+                f"{self.directory}: tls.crt was not issued by the authority in ca.crt; issue it again"
+            )
+        return certificate
+
+
+class _MismatchError(CertificateError):
+    """Files that do not fit together."""
+
+
+def is_issued_by(certificate: x509.Certificate, authorities: Sequence[x509.Certificate]) -> bool:
+    """Whether one of the authorities signed the certificate itself."""
+    for authority in authorities:
+        with contextlib.suppress(ValueError, TypeError, InvalidSignature):
+            certificate.verify_directly_issued_by(authority)
+            return True
+    return False
+
+
+def store_identity(
+    directory: Path, key: ec.EllipticCurvePrivateKey, certificate_pem: str, authority_pem: str
+) -> None:
+    """Replace key, certificate and bundle of an identity at once: a crash leaves the old ones or the new ones.
+
+    Whoever reads meanwhile gets the one or the other. Raises ``CertificateError`` when the three do not fit together,
+    or cannot be written.
+    """
+    given = _Files(directory, pem_key(key), certificate_pem.encode(), authority_pem.encode())
+    # Encoded again: nothing but what was checked is stored.
+    new = _Files(
+        directory,
+        given.key,
+        pem_certificate(given.check()),
+        b"".join(map(pem_certificate, given.authorities())),
+    )
+    with _locked(directory):
+        # What a killed process left may hold a key.
+        for name in (_RECORD, "tls.key"):
+            for stray in directory.glob(f".{name}.*"):
+                stray.unlink(missing_ok=True)
+        write_atomic(directory / _RECORD, new.key + new.certificate + new.authority, private=True)
+        _apply(new)
+
+
+def _apply(new: _Files) -> None:
+    """Put the files of the redo record in place."""
+    write_atomic(new.directory / "ca.crt", new.authority)
+    write_atomic(new.directory / "tls.key", new.key, private=True)
+    write_atomic(new.directory / "tls.crt", new.certificate)
+    (new.directory / _RECORD).unlink()
+    sync_directory(new.directory)
+
+
+def _finish(directory: Path) -> None:
+    """Finish a replacement that was interrupted."""
+    with _locked(directory):
+        recorded = _recorded(directory)
+        if recorded is not None:
+            _apply(recorded)
+
+
+def _recorded(directory: Path) -> _Files | None:
+    """Return what a replacement under way, or an interrupted one, puts in place."""
+    path = directory / _RECORD
+    try:
+        data = read_private(path)
+    except CertificateError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    blocks = re.findall(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\n", data, re.DOTALL)
+    if len(blocks) < 3:
+        raise CertificateError(f"{path} is damaged; remove it, and issue the identity again")
+    return _Files(directory, blocks[0], blocks[1], b"".join(blocks[2:]))
+
+
+def _read(directory: Path) -> _Files:
+    recorded = _recorded(directory)
+    if recorded is None:
+        return _Files(
+            directory,
+            read_private(directory / "tls.key"),
+            read(directory / "tls.crt", "certificate"),
+            read(directory / "ca.crt", "authority certificate"),
+        )
+    # Only the owner's: what root or another user put in place, the owner could not read.
+    if directory.stat().st_uid == os.geteuid():
+        with contextlib.suppress(CertificateError, OSError):  # a read-only mount
+            _finish(directory)
+    return recorded
+
+
+def _settled(directory: Path) -> _Files:
+    """Return files that fit together; raise ``CertificateError`` when they do not even after a while."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        files = _read(directory)
+        try:
+            files.check()
+        except _MismatchError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_SETTLE_SECONDS / 50)
+        else:
+            return files
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time replace an identity's files."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise CertificateError(
+            f"{directory} cannot be written: {error.strerror}; check the directory and its owner"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def authority_directory(pki: Path) -> Path:
@@ -117,6 +290,8 @@ def ensure_identity(
     for the same key. An identity of somebody else is an error.
     """
     path = directory / "tls.crt"
+    if (directory / _RECORD).exists():
+        _finish(directory)
     if path.exists():
         certificate = load_certificate(path)
         peer = Peer.of(certificate)
@@ -172,7 +347,6 @@ def publish_crl(pki: Path, authority: Authority) -> None:
 def _is_good(
     authority: Authority, certificate: x509.Certificate, peer: Peer, hosts: Sequence[str]
 ) -> bool:
-    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     revoked = {line.serial for line in authority.issued() if line.revoked_at is not None}
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     held = {
@@ -181,7 +355,7 @@ def _is_good(
     }
     return (
         certificate.issuer == authority.certificate.subject
-        and certificate.not_valid_after_utc - datetime.now(UTC) > lifetime / 3
+        and datetime.now(UTC) < renew_at(certificate)
         and peer.serial not in revoked
         and held >= set(hosts)
     )
