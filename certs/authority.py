@@ -1,15 +1,19 @@
 """The federation's certificate authority: issue, revoke, list.
 
 One private authority per federation, EC P-256. Its directory holds the key (mode 0600), the certificate, the signed
-revocation list and an index of what was issued; nothing but ``vlafleet certs`` reads the key.
+revocation list and an index of what was issued; nothing but ``vlafleet certs`` and ``vlafleet enrolment`` reads the
+key. Both may work on the directory at the same time: every step holds its lock and reads it anew.
+
+``ca.crt`` is a bundle: the certificate that signs comes first, and while the authority is being replaced
+(``certs/rotation.py``) the other one that holders trust comes second. The key that signs is the one of the first.
 """
 
 import contextlib
 import fcntl
 import ipaddress
-import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -23,11 +27,13 @@ from certs.errors import CertificateError
 from certs.files import (
     ensure_key,
     load_certificate,
+    load_certificates,
     load_key,
     pem_certificate,
     read,
     write_atomic,
 )
+from certs.index import Issued, read_index, write_index
 from certs.lifetime import AUTHORITY_LIFETIME, CLOCK_SKEW, LIFETIMES
 from certs.roles import (
     ENROLMENT_NAME,
@@ -48,50 +54,11 @@ ONLY_NAMES = {Role.SUPERLINK: SUPERLINK_NAME, Role.ENROLMENT: ENROLMENT_NAME}
 CRL_LIFETIME = timedelta(days=30)
 
 
-@dataclass(frozen=True)
-class Issued:
-    """One line of the index."""
-
-    serial: int
-    role: Role
-    name: str
-    not_after: datetime
-    revoked_at: datetime | None = None
-
-    def state(self, now: datetime) -> str:
-        """``valid``, ``expired`` or ``revoked``."""
-        if self.revoked_at is not None:
-            return "revoked"
-        return "expired" if self.not_after <= now else "valid"
-
-    def to_json(self) -> dict[str, object]:
-        """Return the line as JSON values (the serial in hex, as OpenSSL prints it)."""
-        return {
-            **asdict(self),
-            "serial": f"{self.serial:x}",
-            "not_after": self.not_after.isoformat(),
-            "revoked_at": self.revoked_at and self.revoked_at.isoformat(),
-        }
-
-    @classmethod
-    def from_json(cls, record: dict[str, str]) -> Self:
-        """Read a line written by ``to_json``."""
-        revoked = record["revoked_at"]
-        return cls(
-            int(record["serial"], 16),
-            Role(record["role"]),
-            record["name"],
-            datetime.fromisoformat(record["not_after"]),
-            datetime.fromisoformat(revoked) if revoked else None,
-        )
-
-
 class Authority:
     """A certificate authority in a directory."""
 
-    def __init__(self, directory: Path, certificate: x509.Certificate, federation: str) -> None:
+    def __init__(self, directory: Path, federation: str) -> None:
         self.directory = directory
-        self.certificate = certificate
         self.federation = federation
 
     @classmethod
@@ -110,32 +77,14 @@ class Authority:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise CertificateError(f"{directory} cannot be made: {error.strerror}") from error
-        # An interrupted first attempt left at most a key, which nothing was signed with: it is used.
-        key = ensure_key(directory / "ca.key")
-        now = datetime.now(UTC)
-        name = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
-                x509.NameAttribute(NameOID.COMMON_NAME, f"{federation} authority"),
-            ]
-        )
-        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - CLOCK_SKEW)
-            .not_valid_after(now + AUTHORITY_LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(authority=True), critical=True)
-            .add_extension(identifier, critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        authority = cls(directory, certificate, federation)
-        authority._sign_revocations(key, [])
-        write_atomic(directory / "ca.crt", pem_certificate(certificate))
+        authority = cls(directory, federation)
+        with authority.locked():
+            if not (directory / "ca.crt").exists():
+                # An interrupted first attempt left at most a key, which nothing was signed with: it is used.
+                key = ensure_key(directory / "ca.key")
+                certificate = self_signed(key, federation, 1)
+                authority._sign_revocations(certificate, key, [])
+                write_atomic(directory / "ca.crt", pem_certificate(certificate))
         return authority
 
     @classmethod
@@ -145,7 +94,39 @@ class Authority:
         organizations = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
         if len(organizations) != 1:
             raise CertificateError(f"{directory / 'ca.crt'} is not a federation's authority")
-        return cls(directory, certificate, str(organizations[0].value))
+        generation(certificate)
+        return cls(directory, str(organizations[0].value))
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The certificate of the key that signs now."""
+        return load_certificate(self.directory / "ca.crt", "authority certificate")
+
+    @property
+    def bundle(self) -> bytes:
+        """The certificates that every holder trusts, PEM; the one that signs is the first.
+
+        Read it after ``issue``, not before: the index says that a holder got all that were trusted then.
+        """
+        return read(self.directory / "ca.crt", "authority certificate")
+
+    def certificates(self) -> list[x509.Certificate]:
+        """Return the certificates of the bundle in order."""
+        return load_certificates(self.directory / "ca.crt", "authority certificate")
+
+    def signer(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        """Return the certificate and the key that sign; to be called with the directory locked."""
+        certificate = self.certificate
+        for name in ("ca.key", "next.key"):
+            path = self.directory / name
+            if path.exists() or name == "ca.key":
+                key = load_key(path)
+                if key.public_key() == certificate.public_key():
+                    return certificate, key
+        raise CertificateError(
+            f"no key in {self.directory} belongs to the authority in its ca.crt; "
+            "restore both from one backup"
+        )
 
     def issue(
         self,
@@ -171,19 +152,32 @@ class Authority:
             x509.UniformResourceIdentifier(spiffe_id(self.federation, role, name)),
             *(_host(host) for host in hosts),
         ]
+        with self.locked():
+            return self._issue(
+                public_key, role, name, names, LIFETIMES[role] if lifetime is None else lifetime
+            )
+
+    def _issue(
+        self,
+        public_key: ec.EllipticCurvePublicKey,
+        role: Role,
+        name: str,
+        names: Sequence[x509.GeneralName],
+        lifetime: timedelta,
+    ) -> x509.Certificate:
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
         if role in SERVERS:
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-        key = load_key(self.directory / "ca.key")
+        authority, key = self.signer()
         now = datetime.now(UTC)
         certificate = (
             x509.CertificateBuilder()
             .subject_name(subject(self.federation, role, name))
-            .issuer_name(self.certificate.subject)
+            .issuer_name(authority.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - CLOCK_SKEW)
-            .not_valid_after(now + (LIFETIMES[role] if lifetime is None else lifetime))
+            .not_valid_after(now + lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -194,15 +188,30 @@ class Authority:
             )
             .sign(key, hashes.SHA256())
         )
-        with self._locked():
-            issued = self.issued()
-            line = Issued(certificate.serial_number, role, name, certificate.not_valid_after_utc)
-            self._write_index([*issued, line])
+        line = Issued(
+            certificate.serial_number,
+            role,
+            name,
+            certificate.not_valid_after_utc,
+            tuple(map(generation, self.certificates())),
+        )
+        write_index(self._index, [*self.issued(), line])
         return certificate
+
+    def is_current(self, certificate: x509.Certificate) -> bool:
+        """Whether the key that signs now signed it, its holder got the whole bundle with it, and it is not revoked."""
+        trusted = [generation(authority) for authority in self.certificates()]
+        return any(
+            line.serial == certificate.serial_number
+            and line.revoked_at is None
+            and line.authorities[0] == trusted[0]
+            and {*trusted} <= {*line.authorities}
+            for line in self.issued()
+        )
 
     def revoke(self, role: Role, name: str) -> list[Issued]:
         """Revoke every certificate of a holder and sign the list anew; return those newly revoked."""
-        with self._locked():
+        with self.locked():
             issued = self.issued()
             if not any((line.role, line.name) == (role, name) for line in issued):
                 raise CertificateError(
@@ -217,26 +226,18 @@ class Authority:
             ]
             by_serial = {line.serial: line for line in revoked}
             issued = [by_serial.get(line.serial, line) for line in issued]
-            # The list first: should the index fail to be written, the holder is out all the same.
-            self._sign_revocations(load_key(self.directory / "ca.key"), issued)
-            self._write_index(issued)
+            # The index first: whoever signs the list next, after a crash between the two, has it complete.
+            write_index(self._index, issued)
+            self._sign_revocations(*self.signer(), issued)
         return revoked
 
     def issued(self) -> list[Issued]:
-        """Return the index in order of issue."""
-        path = self.directory / "issued.jsonl"
-        if not path.exists():
-            return []
-        try:
-            lines = read(path, "index of certificates").decode().splitlines()
-            return [Issued.from_json(json.loads(line)) for line in lines]
-        except (ValueError, KeyError) as error:
-            raise CertificateError(f"the index {path} is damaged: {error}") from error
+        """Return the index in order of issue: all that is valid, and of each holder the last."""
+        return read_index(self._index)
 
     @property
-    def bundle(self) -> bytes:
-        """The certificates that every holder trusts, PEM: more than one while the authority is being replaced."""
-        return read(self.directory / "ca.crt", "authority certificate")
+    def _index(self) -> Path:
+        return self.directory / "issued.jsonl"
 
     @property
     def crl(self) -> Path:
@@ -245,21 +246,31 @@ class Authority:
 
     def renew_crl(self) -> None:
         """Sign the revocation list anew, so that it is never stale on a federation that revokes nobody."""
-        with self._locked():
-            self._sign_revocations(load_key(self.directory / "ca.key"), self.issued())
+        with self.locked():
+            self.sign_revocations()
 
-    def _sign_revocations(self, key: ec.EllipticCurvePrivateKey, issued: Sequence[Issued]) -> None:
+    def sign_revocations(self) -> None:
+        """Sign the revocation list with the key that signs now; to be called with the directory locked."""
+        self._sign_revocations(*self.signer(), self.issued())
+
+    def _sign_revocations(
+        self,
+        authority: x509.Certificate,
+        key: ec.EllipticCurvePrivateKey,
+        issued: Sequence[Issued],
+    ) -> None:
         now = datetime.now(UTC)
+        # Tells the newer of two lists (RFC 5280, 5.2.3): grows even where the clock was set back.
+        number = max(int(now.timestamp() * 1_000_000), self._crl_number() + 1)
         builder = (
             x509.CertificateRevocationListBuilder()
-            .issuer_name(self.certificate.subject)
+            .issuer_name(authority.subject)
             .last_update(now)
             .next_update(now + CRL_LIFETIME)
-            # Tells the newer of two lists (RFC 5280, 5.2.3); dates alone have whole seconds.
-            .add_extension(x509.CRLNumber(int(now.timestamp() * 1_000_000)), critical=False)
+            .add_extension(x509.CRLNumber(number), critical=False)
         )
         for line in issued:
-            if line.revoked_at is not None:
+            if line.revoked_at is not None and not line.forgotten(now):
                 builder = builder.add_revoked_certificate(
                     x509.RevokedCertificateBuilder()
                     .serial_number(line.serial)
@@ -269,16 +280,66 @@ class Authority:
         pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         write_atomic(self.crl, pem)
 
-    def _write_index(self, issued: Sequence[Issued]) -> None:
-        text = "".join(json.dumps(line.to_json()) + "\n" for line in issued)
-        write_atomic(self.directory / "issued.jsonl", text.encode())
+    def _crl_number(self) -> int:
+        """Return the number of the list that is there, 0 without one."""
+        try:
+            crl = x509.load_pem_x509_crl(self.crl.read_bytes())
+            return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        except (OSError, ValueError, x509.ExtensionNotFound):
+            return 0
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep a second 'vlafleet certs' from overwriting the index in between."""
-        with (self.directory / ".lock").open("w") as file:
+    def locked(self) -> Iterator[None]:
+        """Let one process or thread at a time change the directory."""
+        path = self.directory / ".lock"
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise CertificateError(
+                f"{path} cannot be written: {error.strerror}; check the directory and its owner"
+            ) from error
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def self_signed(key: ec.EllipticCurvePrivateKey, federation: str, number: int) -> x509.Certificate:
+    """Return the certificate of a federation's authority; ``number`` is its generation, from 1."""
+    now = datetime.now(UTC)
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"{federation} authority {number}"),
+        ]
+    )
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + AUTHORITY_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(authority=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def generation(certificate: x509.Certificate) -> int:
+    """Return which of its federation's authorities a certificate is, from 1; ``CertificateError`` if of none."""
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    match = (
+        re.fullmatch(r"[a-z0-9-]+ authority ([1-9][0-9]*)", str(names[0].value)) if names else None
+    )
+    if match is None:
+        raise CertificateError(
+            f"{certificate.subject.rfc4514_string()!r} is no authority of this version of vlafleet; "
+            "make the federation anew in another directory"
+        )
+    return int(match[1])
 
 
 def _host(host: str) -> x509.GeneralName:

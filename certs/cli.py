@@ -1,6 +1,7 @@
 """``vlafleet certs`` and ``health``, and the options that every process's command shares."""
 
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,14 @@ import typer
 from certs.authority import Authority
 from certs.files import load_certificate
 from certs.identity import (
+    Identity,
     authority_directory,
     ensure_federation,
     ensure_identity,
     identity_directory,
     publish_crl,
 )
+from certs.lifetime import renew_at
 from certs.roles import Peer, Role
 
 cli = typer.Typer(no_args_is_help=True, help="The federation's authority and identities.")
@@ -77,6 +80,57 @@ def revoke(pki: Pki, role: Role, name: str) -> None:
     typer.echo(f"revoked {len(revoked)} certificate(s) of {role} {name}; list: {authority.crl}")
 
 
+class RotationStep(StrEnum):
+    """A step of replacing the authority."""
+
+    STATUS = "status"
+    BEGIN = "begin"
+    SWITCH = "switch"
+    FINISH = "finish"
+
+
+@cli.command()
+def rotate(pki: Pki, step: RotationStep) -> None:
+    """Replace the authority while the federation runs: begin, switch, finish; 'status' says who is waited for."""
+    from certs import rotation
+
+    authority = Authority.load(authority_directory(pki))
+    steps = {
+        RotationStep.STATUS: rotation.status,
+        RotationStep.BEGIN: rotation.begin,
+        RotationStep.SWITCH: rotation.switch,
+        RotationStep.FINISH: rotation.finish,
+    }
+    now = steps[step](authority)
+    if step in (RotationStep.SWITCH, RotationStep.FINISH):
+        publish_crl(pki, authority)
+    for line in rotation.describe(now):
+        typer.echo(line)
+
+
+@cli.command()
+def renew(
+    directory: Annotated[Path, typer.Argument(help="The identity directory.")],
+    enrolment: Annotated[
+        str,
+        typer.Option(
+            envvar="VLAFLEET_ENROLMENT",
+            help="The enrolment service, or for a site's SuperExec its SuperNode, host:port.",
+        ),
+    ],
+) -> None:
+    """Renew an identity that is past two thirds of its life, under a new key; processes that use it follow."""
+    from certs.renewal import renew as renew_now
+
+    identity = Identity.load(directory, *Role)
+    due = renew_at(load_certificate(identity.certificate))
+    if datetime.now(UTC) < due:
+        typer.echo(f"kept: {identity.peer.uri} is not due before {due:%Y-%m-%d %H:%M} UTC")
+        return
+    renewed = renew_now(identity, enrolment)
+    typer.echo(f"renewed: {renewed.peer.uri} until {renewed.not_after:%Y-%m-%d %H:%M} UTC")
+
+
 @cli.command("list")
 def list_(pki: Pki) -> None:
     """Show what was issued, and sign the revocation list anew."""
@@ -84,11 +138,13 @@ def list_(pki: Pki) -> None:
     authority.renew_crl()
     publish_crl(pki, authority)
     now = datetime.now(UTC)
-    typer.echo(f"{'ROLE':<10} {'NAME':<20} {'STATE':<8} {'EXPIRES (UTC)':<17} SERIAL")
+    typer.echo(
+        f"{'ROLE':<10} {'NAME':<20} {'STATE':<8} {'EXPIRES (UTC)':<17} {'AUTHORITY':<9} SERIAL"
+    )
     for line in authority.issued():
         typer.echo(
             f"{line.role:<10} {line.name:<20} {line.state(now):<8} "
-            f"{line.not_after:%Y-%m-%d %H:%M}  {line.serial:x}"
+            f"{line.not_after:%Y-%m-%d %H:%M}  {line.authorities[0]:<9} {line.serial:x}"
         )
 
 
