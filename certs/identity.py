@@ -299,7 +299,7 @@ def ensure_identity(
             raise CertificateError(
                 f"{directory} holds the identity {peer.uri}; choose another directory for {role} {name!r}"
             )
-        if _is_good(authority, certificate, peer, hosts):
+        if _is_good(authority, certificate, hosts):
             _complete(authority, directory, role)
             return "kept"
     key = ensure_key(directory / "tls.key")
@@ -344,19 +344,15 @@ def publish_crl(pki: Path, authority: Authority) -> None:
         write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
 
 
-def _is_good(
-    authority: Authority, certificate: x509.Certificate, peer: Peer, hosts: Sequence[str]
-) -> bool:
-    revoked = {line.serial for line in authority.issued() if line.revoked_at is not None}
+def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     held = {
         *names.get_values_for_type(x509.DNSName),
         *map(str, names.get_values_for_type(x509.IPAddress)),
     }
     return (
-        certificate.issuer == authority.certificate.subject
+        authority.is_current(certificate)
         and datetime.now(UTC) < renew_at(certificate)
-        and peer.serial not in revoked
         and held >= set(hosts)
     )
 
@@ -367,10 +363,10 @@ def _complete(authority: Authority, directory: Path, role: Role) -> None:
     if role is Role.SUPERLINK:
         write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
     if role is Role.SITE:
-        _ensure_node_key(directory)
+        ensure_node_key(directory)
 
 
-def _ensure_node_key(directory: Path) -> None:
+def ensure_node_key(directory: Path) -> None:
     """Make the SuperNode's key pair once: a key that Flower unregistered can never be registered again."""
     if (directory / "node.key").exists():
         return
