@@ -25,6 +25,15 @@ cli = typer.Typer(
 )
 cli.add_typer(certs.cli.cli, name="certs")
 cli.command()(superlink.cli.superlink)
+for command in (
+    supernode.cli.join,
+    supernode.cli.check,
+    supernode.cli.request,
+    supernode.cli.accept,
+    supernode.cli.run,
+    supernode.cli.stop,
+):
+    superlink.cli.site.command()(command)
 cli.add_typer(superlink.cli.site, name="site")
 cli.command()(superlink.cli.run)
 cli.command()(superlink.cli.simulate)

@@ -1,7 +1,7 @@
 """A site's own directory: who it is, where its federation answers, what it trains on, and where its files lie.
 
 ``site.json`` says the first three; beside it are the identities of the SuperNode (``identity``) and the SuperExec
-(``superexec``), and what the processes keep: ``state``, ``cache``, ``logs``. Every directory is its owner's alone.
+(``superexec``), and what the processes keep: ``sites``, ``cache``, ``logs``. Every directory is its owner's alone.
 """
 
 import contextlib
@@ -74,8 +74,8 @@ class Site:
 
     @property
     def state(self) -> Path:
-        """What the site keeps from round to round: its last model, moments, the codec's remainder."""
-        return self.directory / "state"
+        """What the app keeps from round to round (its ``VLAFLEET_HOME/sites``): last model, moments, remainder."""
+        return self.directory / "sites"
 
     @property
     def cache(self) -> Path:
@@ -150,6 +150,19 @@ class Site:
 def default_directory(name: str) -> Path:
     """Where the site ``name`` lies unless its operator says otherwise."""
     return Path(f"vlafleet-{name}")
+
+
+def only_directory() -> Path:
+    """Return the one site's directory that is here, or is this; raise ``ConfigError`` for none or several."""
+    here = Path()
+    found = [here] if (here / "site.json").exists() else []
+    found = found or sorted(path.parent for path in here.glob("vlafleet-*/site.json"))
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise ConfigError(
+            f"there has to be one site's directory here, and there is {names}: name it with --directory"
+        )
+    return found[0]
 
 
 def absolute_dataset(uri: str) -> str:
