@@ -29,20 +29,27 @@ from certs.flower import (
 )
 from certs.identity import Identity
 from certs.parent import end_with_parent
+from certs.renewal import follow
 from certs.roles import SUPERLINK_NAME, Role
 
 _log = logging.getLogger("vlafleet.superexec")
 
 # Hands the identity from SuperExec to the task processes it starts.
-_IDENTITY = "VLAFLEET_IDENTITY"
+IDENTITY = "VLAFLEET_IDENTITY"
+# ... and where its Runtime API listens, host:port.
+RUNTIME = "VLAFLEET_RUNTIME"
 # glibc hands blocks of a megabyte and more back to the system while this is fixed. Left alone it grows with the first
 # update that is freed, and the ServerApp keeps holes of that size. Read when a process starts.
 SERVERAPP_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
-def serve(identity: Identity, address: str) -> None:
-    """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT."""
-    os.environ[_IDENTITY] = str(identity.directory.absolute())
+def serve(identity: Identity, address: str, enrolment: str | None) -> None:
+    """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT.
+
+    A site's SuperExec renews its certificate through its SuperNode, the SuperLink's at ``enrolment``. Its tasks use
+    the same files, and so the renewed ones.
+    """
+    os.environ.update({IDENTITY: str(identity.directory.absolute()), RUNTIME: address})
     quiet()
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
@@ -56,9 +63,11 @@ def serve(identity: Identity, address: str) -> None:
     with contextlib.ExitStack() as stack:
         if identity.peer.name == SUPERLINK_NAME:
             os.environ.update(SERVERAPP_ENVIRONMENT)
+            follow(identity, enrolment)
         else:
             # ClientApps inherit where it listens. It has no use for the identity.
-            os.environ[SOCKET] = str(stack.enter_context(supervised(without=_IDENTITY)))
+            os.environ[SOCKET] = str(stack.enter_context(supervised(without=IDENTITY)))
+            follow(identity, address)
         _log.info("SuperExec %s polls %s", identity.peer.name, address)
         run_superexec(
             runtime_api_address=address,
@@ -102,6 +111,6 @@ def _prepare_task() -> None:
     # Flower's logger has a handler of its own; alembic and others set up the root logger, which would say it all twice.
     logging.getLogger("flwr").propagate = False
     try:
-        install_client(Identity.load(Path(os.environ[_IDENTITY]), Role.SUPEREXEC))
+        install_client(Identity.load(Path(os.environ[IDENTITY]), Role.SUPEREXEC))
     except FleetError as error:
         sys.exit(f"vlafleet: {error}")

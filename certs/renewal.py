@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from certs.contexts import client_context, enrolment_server, expected_server, reload
 from certs.enrolment import RENEW_PATH, signing_request
-from certs.errors import CertificateError, ConnectionRefusedByFleetError, FleetError
+from certs.errors import CertificateError, ConnectionRefusedByFleetError, FleetError, first_line
 from certs.files import load_certificate, parse_certificates
 from certs.identity import Identity, is_issued_by, store_identity
 from certs.lifetime import life, renew_at
@@ -48,20 +48,8 @@ def renew(identity: Identity, address: str) -> Identity:
     """
     peer = identity.peer
     key = ec.generate_private_key(ec.SECP256R1())
-    request = {"csr": signing_request(key, peer.federation, peer.role, peer.name)}
-    left = (identity.not_after - datetime.now(UTC)).total_seconds()
-    try:
-        # httpx's defaults, as Flower's own clients have them: where HTTPS_PROXY leads those, it leads this.
-        with httpx.Client(
-            verify=client_context(identity, _server(peer)),
-            timeout=min(max(left / 4, 1.0), _LONGEST_WAIT_SECONDS),
-        ) as client:
-            response = client.post(f"https://{address}{RENEW_PATH}", json=request)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConnectionRefusedByFleetError(
-            f"{address} does not renew certificates ({error or type(error).__name__}); "
-            "check the address, and that the enrolment service runs"
-        ) from error
+    csr = signing_request(key, peer.federation, peer.role, peer.name)
+    response = ask(identity, address, {"csr": csr})
     if response.status_code != httpx.codes.OK:
         raise ConnectionRefusedByFleetError(
             f"{address} refuses to renew the certificate ({response.status_code}): {_detail(response)}"
@@ -71,6 +59,27 @@ def renew(identity: Identity, address: str) -> Identity:
     renewed = Identity.load(identity.directory, peer.role)
     reload(renewed)
     return renewed
+
+
+def ask(identity: Identity, address: str, request: dict[str, str]) -> httpx.Response:
+    """Send a request for a renewal with the present certificate; return the answer, whatever its status.
+
+    Raises ``ConnectionRefusedByFleetError`` when none comes.
+    """
+    left = (identity.not_after - datetime.now(UTC)).total_seconds()
+    try:
+        # httpx's defaults, as Flower's own clients have them: where HTTPS_PROXY leads those, it leads this.
+        with httpx.Client(
+            verify=client_context(identity, _server(identity.peer)),
+            # So that a certificate of a minute has time for another try.
+            timeout=min(max(left / 4, 1.0), _LONGEST_WAIT_SECONDS),
+        ) as client:
+            return client.post(f"https://{address}{RENEW_PATH}", json=request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ConnectionRefusedByFleetError(
+            f"{address} does not renew certificates ({first_line(error)}); "
+            "check the address, and that the enrolment service runs"
+        ) from error
 
 
 def follow(identity: Identity, address: str | None) -> threading.Thread:

@@ -11,16 +11,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from certs.contact import recorder
+from certs.enrolment import RENEW_PATH
 from certs.errors import CertificateError
 from certs.files import read
 from certs.flower import install_client, quiet, set_concurrency
-from certs.guard import Guard, allow
+from certs.guard import Application, Guard, Rule, allow
 from certs.identity import Identity
 from certs.link import CHUNK_BYTES
+from certs.renewal import follow
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
 from supernode import stopped_runs
 from supernode.link import settle
+from supernode.renewal import forward
 
 _log = logging.getLogger("vlafleet.supernode")
 
@@ -29,11 +32,17 @@ _START_SECONDS = 30.0
 
 
 def serve(
-    identity: Identity, superlink: str, host: str, port: int, node_config: dict[str, str]
+    identity: Identity,
+    superlink: str,
+    host: str,
+    port: int,
+    node_config: dict[str, str],
+    enrolment: str | None,
 ) -> NoReturn:
     """Run the SuperNode until SIGTERM or SIGINT.
 
-    ``superlink`` is ``host:port``. ``node_config`` is what the site's ClientApp reads (site, dataset, device);
+    ``superlink`` is ``host:port``, and so is ``enrolment``: where its certificate and its SuperExec's are renewed; None
+    leaves renewal to somebody else. ``node_config`` is what the site's ClientApp reads (site, dataset, device);
     the size of the chunks that suit the measured link is added to it.
     """
     key = _node_key(identity)
@@ -52,7 +61,11 @@ def serve(
     own_superexec = allow(
         lambda peer: peer.role is Role.SUPEREXEC and peer.name == identity.peer.name
     )
-    guard = Guard({"/v1/runtime/": (own_superexec, app)}, app, None)
+    rules: dict[str, tuple[Rule, Application]] = {
+        "/v1/runtime/": (own_superexec, app),
+        RENEW_PATH: (own_superexec, forward(identity, enrolment)),
+    }
+    guard = Guard(rules, app, None)
     server = mutual_tls_server(guard, identity, None)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener]}, name="runtime-api", daemon=True
@@ -63,6 +76,7 @@ def serve(
         time.sleep(0.05)
     add_exit_handler(lambda: setattr(server, "should_exit", True))
     _log.info("SuperNode of %s: Runtime API on %s port %d", identity.peer.name, host, port)
+    follow(identity, enrolment)
     code = 1
     try:
         transfer = settle(identity, superlink)
