@@ -1,4 +1,4 @@
-"""The Control API with an operator's certificate: sites, runs, and the stock ``flwr`` command."""
+"""The Control API with an operator's or the enrolment service's certificate: SuperNodes, runs, the ``flwr`` command."""
 
 import contextlib
 import hashlib
@@ -31,10 +31,11 @@ from certs.errors import (
 from certs.files import read
 from certs.flower import install_client, quiet
 from certs.identity import Identity
-from certs.roles import checked_name
+from certs.roles import checked_site
 
 if TYPE_CHECKING:
     from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.proto.node_pb2 import NodeInfo
     from flwr.supercore.control import ControlHttpClient
 
 # Between two looks at what changes in seconds (sites coming online, a run ending).
@@ -43,11 +44,17 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Node:
-    """A registered SuperNode."""
+    """A SuperNode the SuperLink knows.
+
+    ``status`` is Flower's: ``registered`` (never seen), ``online``, ``offline`` or ``unregistered``. ``public_key`` is
+    the SuperNode key, PEM; ``last_heartbeat`` is in seconds since 1970.
+    """
 
     name: str
     status: str
     public_key: bytes
+    node_id: int
+    last_heartbeat: float | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Control:
     @classmethod
     @contextlib.contextmanager
     def connect(cls, identity: Identity, address: str) -> Iterator[Self]:
-        """Open a connection to ``host:port`` with an operator's identity."""
+        """Open a connection to ``host:port`` with the identity of an operator or the enrolment service."""
         quiet()
         from flwr.supercore.control import ControlHttpClient
 
@@ -78,34 +85,59 @@ class Control:
 
     def nodes(self) -> list[Node]:
         """Return every SuperNode that is registered."""
+        return [node for node in self.every_node() if node.status != "unregistered"]
+
+    def every_node(self) -> list[Node]:
+        """Return every SuperNode that is or was registered."""
         from flwr.proto.control_pb2 import ListNodesRequest
 
         with self._sentences():
             response = self._client.ListNodes(ListNodesRequest())
         return [
-            Node(info.name, info.status, info.public_key)
+            Node(info.name, info.status, info.public_key, info.node_id, last_heartbeat(info))
             for info in response.nodes_info
-            if info.status != "unregistered"
         ]
 
     def register(self, name: str, public_key: Path) -> Literal["registered", "kept"]:
-        """Register a SuperNode key (OpenSSH) under a site's name, unless it is."""
+        """Register a SuperNode key (an OpenSSH file) under a site's name, unless it is."""
+        return self.register_key(name, _load_public_key(public_key))
+
+    def register_key(
+        self, name: str, key: ec.EllipticCurvePublicKey
+    ) -> Literal["registered", "kept"]:
+        """Register a SuperNode key under a site's name, unless it is.
+
+        Raises ``CertificateError`` for a key that is another site's, and for one that was unregistered.
+        """
         from flwr.proto.control_pb2 import RegisterNodeRequest
         from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-        checked_name(name, "site name")
-        key = public_key_to_bytes(_load_public_key(public_key))
-        for node in self.nodes():
-            if node.public_key == key:
-                if node.name == name:
-                    return "kept"
+        checked_site(name)
+        public_key = public_key_to_bytes(key)
+        for node in self.every_node():
+            if node.public_key != public_key:
+                continue
+            if node.status == "unregistered":
                 raise CertificateError(
-                    f"the key {public_key} is registered for site {node.name!r}; "
-                    f"make another key for {name!r}"
+                    f"the SuperNode key of site {node.name!r} was unregistered, and Flower never takes "
+                    "such a key again: remove node.key and node.pub there and make new ones"
                 )
+            if node.name != name:
+                raise CertificateError(
+                    f"this SuperNode key is registered for site {node.name!r}; "
+                    f"make another for {name!r}"
+                )
+            return "kept"
         with self._sentences():
-            self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+            self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
         return "registered"
+
+    def unregister(self, node_id: int) -> None:
+        """Unregister a SuperNode: it is refused from now on, and its key for ever."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        with self._sentences():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
     def wait_online(self, sites: list[str], timeout: float) -> None:
         """Wait until the named sites, or every registered one, are online; give up after ``timeout`` seconds."""
@@ -200,6 +232,19 @@ class Control:
                 f"the SuperLink at {self._address} closed the connection ({error or type(error).__name__}); "
                 "its log names the reason, a revoked certificate among them"
             ) from error
+
+
+def last_heartbeat(node: "NodeInfo") -> float | None:
+    """Return when a SuperNode was last heard of, in seconds since 1970; None when it never was.
+
+    Flower keeps until when a node counts as online: so many heartbeat intervals after the last heartbeat, or the moment
+    it signed off, for which this is that much too early.
+    """
+    from flwr.common.constant import HEARTBEAT_PATIENCE
+
+    if not node.online_until:
+        return None
+    return float(node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval)
 
 
 def run_request(app: Path, run_config: Sequence[str]) -> "StartRunRequest":

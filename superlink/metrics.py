@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from certs.files import load_certificate
 from certs.identity import Identity
+from superlink.control import last_heartbeat
 
 if TYPE_CHECKING:
     from flwr.server.superlink.linkstate import LinkStateFactory
@@ -26,8 +28,6 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the current values."""
-        from flwr.common.constant import HEARTBEAT_PATIENCE
-
         state = self._factory.state()
         online = GaugeMetricFamily(
             "vlafleet_site_online",
@@ -43,9 +43,7 @@ class FleetCollector(Collector):
             if node.status == "unregistered":
                 continue
             online.add_metric([node.name], float(node.status == "online"))
-            if node.online_until:
-                # Flower sets it to so many heartbeat intervals after the last heartbeat.
-                last = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+            if (last := last_heartbeat(node)) is not None:
                 heartbeat.add_metric([node.name], last)
         yield online
         yield heartbeat
@@ -60,5 +58,7 @@ class FleetCollector(Collector):
             "When the certificate this process presents expires.",
             labels=["role"],
         )
-        expiry.add_metric([self._identity.peer.role], self._identity.not_after.timestamp())
+        # Of the file: a certificate is renewed while the process runs.
+        current = load_certificate(self._identity.certificate)
+        expiry.add_metric([self._identity.peer.role], current.not_valid_after_utc.timestamp())
         yield expiry
