@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, make_asgi_app
 
+from certs.audit import Audit
+from certs.enrolment import CRL_PATH, SITES_PATH
 from certs.errors import StorageError
 from certs.flower import quiet
 from certs.guard import Guard, Rule, allow
 from certs.identity import Identity
 from certs.link import PATH
+from certs.renewal import follow
 from certs.revocations import Revocations
 from certs.roles import SUPERLINK_NAME, Peer, Role
 from certs.server import bind, mutual_tls_server
 from superlink.link import link
 from superlink.metrics import FleetCollector
+from superlink.run_audit import START_PATH, STOP_PATH, started, stopped
+from superlink.sites import crl, sites
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,39 +36,82 @@ _log = logging.getLogger("vlafleet.superlink")
 _PUBLIC_KEY_HEADER = b"flwr-public-key"
 
 
-def serve(identity: Identity, host: str, port: int, state: Path, *, simulation: bool) -> None:
+def serve(
+    identity: Identity,
+    host: str,
+    port: int,
+    state: Path,
+    *,
+    enrolment: str | None,
+    audit: Path,
+    simulation: bool,
+) -> None:
     """Run the SuperLink until SIGTERM or SIGINT.
 
-    ``state`` is a directory; Flower keeps its database there, so runs and SuperNodes outlive a crash. With
-    ``simulation`` every run is one for Flower's simulation runtime, which has no SuperNodes.
+    ``state`` is a directory; Flower keeps its database there, so runs and SuperNodes outlive a crash. Its certificate
+    is renewed at ``enrolment`` (``host:port``), or by hand where that is None. With ``simulation`` every run is one for
+    Flower's simulation runtime, which has no SuperNodes.
     """
-    # Both fail in a moment with a sentence; importing Flower takes seconds.
+    # These fail in a moment with a sentence; importing Flower takes seconds.
     revocations = Revocations(identity.crl, identity.authority)
     listener = bind(host, port)
     with listener:
+        log = Audit(audit)
         app = _flower_app(host, port, state, simulation=simulation)
         factory: LinkStateFactory = app.state.linkstate_factory
         REGISTRY.register(FleetCollector(factory, identity))
-        guard = Guard(rules(app, factory), app, revocations)
-        server = mutual_tls_server(guard, identity, revocations)
+
+        def refused_request(refusal: dict[str, Any]) -> None:
+            log.record("request-refused", **refusal)
+
+        def refused_handshake(reason: str, sentence: str, address: str) -> None:
+            log.record("handshake-refused", address=address, reason=reason, sentence=sentence)
+
+        guard = Guard(
+            rules(app, factory, revocations, log), app, revocations, on_refused=refused_request
+        )
+        server = mutual_tls_server(guard, identity, revocations, on_refused=refused_handshake)
+        follow(identity, enrolment)
         _log.info("SuperLink of %s listens on %s port %d", identity.peer.federation, host, port)
         server.run(sockets=[listener])
 
 
-def rules(app: Any, factory: "LinkStateFactory") -> dict[str, tuple[Rule, Any]]:
+def rules(
+    app: Any, factory: "LinkStateFactory", revocations: Revocations, audit: Audit
+) -> dict[str, tuple[Rule, Any]]:
     """Return which role may ask for what; every other path is refused."""
+    operator = allow(lambda peer: peer.role is Role.OPERATOR)
+    # An exact path stands before the prefix that holds it.
     return {
         "/v1/fleet/": (_site_with_its_own_key(factory), app),
         PATH: (allow(lambda peer: peer.role is Role.SITE), link),
-        "/v1/control/": (allow(lambda peer: peer.role is Role.OPERATOR), app),
+        SITES_PATH: (allow(_sees_sites), sites(factory)),
+        CRL_PATH: (allow(lambda peer: peer.role is Role.ENROLMENT), crl(revocations)),
+        # The enrolment service admits members and evicts them; runs are no business of its.
+        **{
+            f"/v1/control/{name}": (allow(lambda peer: peer.role in _REGISTRARS), app)
+            for name in ("list-nodes", "register-node", "unregister-node")
+        },
+        START_PATH: (operator, started(app, audit)),
+        STOP_PATH: (operator, stopped(app, audit)),
+        "/v1/control/": (operator, app),
         # A site's SuperExec has no business here: its ServerApp tokens would open every run.
-        "/v1/runtime/": (
-            allow(lambda peer: peer.role is Role.SUPEREXEC and peer.name == SUPERLINK_NAME),
-            app,
-        ),
+        "/v1/runtime/": (allow(_is_the_superlinks_superexec), app),
         "/metrics": (allow(lambda peer: peer.role is Role.MONITOR), make_asgi_app()),
         "/health": (allow(lambda peer: peer.role in {Role.SUPERLINK, Role.MONITOR}), app),
     }
+
+
+_REGISTRARS = frozenset({Role.OPERATOR, Role.ENROLMENT})
+
+
+def _is_the_superlinks_superexec(peer: Peer) -> bool:
+    return peer.role is Role.SUPEREXEC and peer.name == SUPERLINK_NAME
+
+
+def _sees_sites(peer: Peer) -> bool:
+    seeing = {Role.SITE, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT}
+    return peer.role in seeing or _is_the_superlinks_superexec(peer)
 
 
 def _site_with_its_own_key(factory: "LinkStateFactory") -> Rule:

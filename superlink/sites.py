@@ -1,0 +1,119 @@
+"""What the SuperLink says of its SuperNodes (``GET /v1/sites``), and how it learns who is revoked (``PUT /v1/crl``).
+
+Both stand beside Flower's API and read the state Flower keeps. Who may ask is the guard's rule.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from certs.errors import CertificateError
+from certs.guard import Application, Receive, Scope, Send
+from certs.revocations import Revocations
+from certs.roles import Peer, Role
+from superlink.control import last_heartbeat
+
+if TYPE_CHECKING:
+    from flwr.server.superlink.linkstate import LinkStateFactory
+
+_log = logging.getLogger("vlafleet.superlink")
+
+# Who sees every SuperNode (the SuperLink's SuperExec for the ServerApp); a site sees its own.
+_EVERY_SITE = frozenset({Role.SUPEREXEC, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT})
+# A revoked certificate is some 40 bytes of the list: room for 18,000.
+MAX_CRL_BYTES = 1 << 20
+
+_OK, _NO_CONTENT, _BAD_REQUEST, _METHOD_NOT_ALLOWED, _TOO_LARGE, _UNAVAILABLE = (
+    200,
+    204,
+    400,
+    405,
+    413,
+    503,
+)
+
+
+def sites(factory: "LinkStateFactory") -> Application:
+    """Return the endpoint that lists the SuperNodes its asker may know of.
+
+    ``{"time", "sites": [{"name", "node_id", "status", "last_heartbeat"}]}``, times in seconds since 1970, the id a
+    decimal string (it has 64 bits), the status Flower's. A site that left and came back is there once a key.
+    """
+
+    def known(peer: Peer) -> bytes:
+        nodes = [
+            {
+                "name": node.name,
+                "node_id": str(node.node_id),
+                "status": node.status,
+                "last_heartbeat": last_heartbeat(node),
+            }
+            for node in factory.state().get_node_info()
+            if peer.role in _EVERY_SITE or node.name == peer.name
+        ]
+        return json.dumps({"time": time.time(), "sites": nodes}).encode()
+
+    async def endpoint(scope: Scope, _receive: Receive, send: Send) -> None:
+        if scope["method"] != "GET":
+            await _refuse(send, _METHOD_NOT_ALLOWED, "malformed", "the sites are read with GET")
+            return
+        await _answer(send, _OK, await asyncio.to_thread(known, scope["state"]["peer"]))
+
+    return endpoint
+
+
+def crl(revocations: Revocations) -> Application:
+    """Return the endpoint that puts a newer revocation list (PEM) of this federation's authority in force."""
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "PUT":
+            sentence = "the revocation list is replaced with PUT"
+            await _refuse(send, _METHOD_NOT_ALLOWED, "malformed", sentence)
+            return
+        body = await _body(receive, MAX_CRL_BYTES)
+        if body is None:
+            sentence = f"a revocation list has at most {MAX_CRL_BYTES >> 20} MiB here"
+            await _refuse(send, _TOO_LARGE, "too-large", sentence)
+            return
+        try:
+            await asyncio.to_thread(revocations.take, body)
+        except CertificateError as error:
+            _log.error("a revocation list was not taken: %s", error)
+            if isinstance(error.__cause__, OSError):  # our disk's fault, not the list's
+                await _refuse(send, _UNAVAILABLE, "unavailable", str(error))
+            else:
+                await _refuse(send, _BAD_REQUEST, "malformed", str(error))
+            return
+        await _answer(send, _NO_CONTENT)
+
+    return endpoint
+
+
+async def _body(receive: Receive, limit: int) -> bytes | None:
+    """Return a request's body, or None when it is longer than ``limit`` or its sender has gone."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > limit:
+            return None
+        more = message.get("more_body", False)
+    return body
+
+
+async def _refuse(send: Send, status: int, code: str, detail: str) -> None:
+    await _answer(send, status, json.dumps({"code": code, "detail": detail}).encode())
+
+
+async def _answer(send: Send, status: int, body: bytes = b"") -> None:
+    headers: list[Any] = [(b"content-length", str(len(body)).encode())] if body else []
+    if body:
+        headers.append((b"content-type", b"application/json"))
+    if status >= _BAD_REQUEST:
+        headers.append((b"connection", b"close"))  # what is left of the request is never read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

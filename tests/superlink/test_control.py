@@ -1,0 +1,106 @@
+"""The Control API as an operator and the enrolment service use it."""
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from certs.contexts import client_context
+from certs.errors import CertificateError, ConnectionRefusedByFleetError
+from certs.identity import Identity
+from certs.roles import ENROLMENT_NAME, Role
+from superlink.control import Control
+from tests.federation import Running, node_header, running_superlink
+
+pytestmark = pytest.mark.federation
+
+
+@pytest.fixture(scope="module")
+def running(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Running]:
+    """A SuperLink of this module's own, whose SuperNodes come and go."""
+    with running_superlink(tmp_path_factory.mktemp("control"), free_port()) as running:
+        yield running
+
+
+@pytest.fixture
+def control(running: Running) -> Iterator[Control]:
+    """The enrolment service's connection."""
+    directory = running.identity(Role.ENROLMENT, ENROLMENT_NAME)
+    with Control.connect(Identity.load(directory, Role.ENROLMENT), running.address) as control:
+        yield control
+
+
+def new_key() -> ec.EllipticCurvePublicKey:
+    return ec.generate_private_key(ec.SECP256R1()).public_key()
+
+
+def test_a_key_is_registered_once_and_never_again(control: Control) -> None:
+    key = new_key()
+    assert control.register_key("site-c", key) == "registered"
+    assert control.register_key("site-c", key) == "kept"
+    with pytest.raises(
+        CertificateError, match="this SuperNode key is registered for site 'site-c'"
+    ):
+        control.register_key("site-d", key)
+    (node,) = [node for node in control.nodes() if node.name == "site-c"]
+    assert node.status == "registered"
+    assert node.last_heartbeat is None
+    control.unregister(node.node_id)
+    assert "site-c" not in {node.name for node in control.nodes()}
+    (gone,) = [node for node in control.every_node() if node.name == "site-c"]
+    assert gone.status == "unregistered"
+    assert gone.node_id == node.node_id
+    with pytest.raises(CertificateError, match="never takes such a key again"):
+        control.register_key("site-c", key)
+    assert control.register_key("site-c", new_key()) == "registered"
+    with pytest.raises(ConnectionRefusedByFleetError, match="refused the request"):
+        control.unregister(node.node_id)
+
+
+def test_a_site_cannot_bear_the_superlinks_name(control: Control) -> None:
+    with pytest.raises(CertificateError, match="a site cannot be named 'superlink'"):
+        control.register_key("superlink", new_key())
+
+
+def test_when_a_supernode_was_last_heard_of(running: Running, control: Control) -> None:
+    site = running.identity(Role.SITE, "site-a")
+    activate(running, site)
+    (node,) = [node for node in control.nodes() if node.name == "site-a"]
+    assert node.status == "online"
+    assert node.last_heartbeat is not None
+    assert 0 <= time.time() - node.last_heartbeat < 30
+
+
+def activate(running: Running, site: Path) -> None:
+    """Come online as a site's SuperNode does, for a minute."""
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.date import now
+    from flwr.supercore.primitives.asymmetric import sign_message
+
+    key = load_ssh_private_key((site / "node.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    header = node_header(site)
+    timestamp = now().isoformat()
+    signature = base64.b64encode(sign_message(key, timestamp.encode())).decode()
+    public_key = base64.b64decode(header["flwr-public-key"])
+    with httpx.Client(verify=client_context(Identity.load(site, Role.SITE))) as client:
+        answer = client.post(
+            f"https://{running.address}/v1/fleet/activate-node",
+            content=ActivateNodeRequest(
+                public_key=public_key, heartbeat_interval=30
+            ).SerializeToString(),
+            headers={
+                **header,
+                "flwr-timestamp": timestamp,
+                "flwr-signature": signature,
+                "content-type": "application/protobuf",
+            },
+        )
+    answer.raise_for_status()
