@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
+from app import registry
 from app.rounds import POLL_S, Deadlines, Grid, Site, State, bounded, one_line
 from certs.errors import FleetError
 
@@ -27,6 +28,8 @@ WORKERS = 1
 # A worker that waits this long for a site's upload no longer counts, so that a slow uplink cannot
 # keep everyone else's reply waiting.
 HELD_S = 10.0
+# Why a site ended whose certificates were revoked: its node is gone for good.
+REVOKED = "revoked"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Exchange:
     The exchange closes when every site ended, when ``enough`` completed, when ``quorum`` completed
     and the soft deadline is past, or at the hard deadline. A reply that is not folded in by then
     never is, so the outcomes say what was folded in; a fold that has begun is let finish.
+
+    ``revoked(nodes)`` says which of the nodes that went missing will not return. They end at once,
+    without grace. It may take seconds and must not raise.
     """
 
     def __init__(
@@ -68,10 +74,13 @@ class Exchange:
         enough: int | None = None,
         poll_s: float = POLL_S,
         held_s: float = HELD_S,
+        revoked: Callable[[Collection[int]], set[int]] = registry.revoked,
     ) -> None:
         self._grid, self._fold, self._ended = grid, fold, ended
         self._deadlines, self._quorum, self._enough = deadlines, quorum, enough
         self._poll_s, self._held_s = poll_s, held_s
+        # Asks another machine: never called with the lock held.
+        self._revoked = revoked
         self._started = time.monotonic()
         self._changed = threading.Condition()
         # All below is guarded by _changed.
@@ -97,9 +106,12 @@ class Exchange:
         self._poll_s = max(self._poll_s, len(asked) / LOOKS)
         try:
             online = bounded(self._online, self.left())
-            for site in [site for site in asked if site.node not in online]:
+            missing = [site for site in asked if site.node not in online]
+            revoked = self._revoked([site.node for site in missing])
+            for site in missing:
                 del asked[site]
-                self._settle(site, State.OFFLINE, "not online when it was asked")
+                reason = REVOKED if site.node in revoked else "not online when it was asked"
+                self._settle(site, State.OFFLINE, reason)
             ids = bounded(lambda: self._push(list(asked.values())), self.left())
         except TimeoutError:
             reason = f"not sent: the SuperLink did not answer within {self._deadlines.hard:g} s"
@@ -110,9 +122,13 @@ class Exchange:
             for site in asked:
                 self._settle(site, State.ERROR, one_line(f"not sent: {error}"))
             return
+        unsent = [site.node for site, message_id in zip(asked, ids, strict=True) if not message_id]
+        revoked = self._revoked(unsent)
         with self._changed:
             for site, message_id in zip(asked, ids, strict=True):
-                if message_id is None:
+                if site.node in revoked:
+                    self._settle(site, State.OFFLINE, REVOKED)
+                elif message_id is None:
                     self._settle(site, State.ERROR, "the SuperLink did not accept the message")
                 else:
                     self._sent.add(site)
@@ -203,11 +219,17 @@ class Exchange:
                 online = self._online()
             except Exception:  # noqa: BLE001 - whatever Flower raises: the deadline decides
                 online = None
+            now = time.monotonic()
+            with self._changed:
+                away = {site.node for site in self._waiting} - (online or set())
+            # At every look, not only the first: a site may be revoked while its link is down.
+            revoked = self._revoked(away) if online is not None else set()
             with self._changed:
                 if self._closed:
                     return
+                for site in [site for site in self._waiting if site.node in revoked]:
+                    self._settle(site, State.OFFLINE, REVOKED)
                 if online is not None:
-                    now = time.monotonic()
                     away = {site.node for site in self._waiting} - online
                     self._offline_since = {
                         node: self._offline_since.get(node, now) for node in away
@@ -225,9 +247,10 @@ class Exchange:
                 message_id = self._waiting[site]
                 self._busy[me] = time.monotonic()
             reply = self._pull(message_id, site.node)
+            revoked = bool(reply is not None and _gone(reply) and self._revoked([site.node]))
             with self._changed:
                 del self._busy[me]
-                again = self._take(site, reply)
+                again = self._take(site, reply, revoked=revoked)
                 if again is not None:
                     self._busy[me] = time.monotonic()
             # A reply or a message may be as large as the model: it must not outlive its turn.
@@ -262,7 +285,7 @@ class Exchange:
         except Exception:  # noqa: BLE001 - whatever Flower raises: try again until the deadline
             return None
 
-    def _take(self, site: Site, reply: Message | None) -> Message | None:
+    def _take(self, site: Site, reply: Message | None, *, revoked: bool) -> Message | None:
         """Fold the reply in; a message to be sent in its place, if fold asks for one."""
         # It may also have ended as offline while this worker held its reply.
         if self._over() or site not in self._waiting:
@@ -271,9 +294,9 @@ class Exchange:
             self._due.append((time.monotonic() + self._poll_s, site))
             return None
         if reply.has_error():
-            gone = reply.error.code == ErrorCode.NODE_UNAVAILABLE
             reason = one_line(reply.error.reason or f"Flower error {reply.error.code}")
-            self._settle(site, State.OFFLINE if gone else State.ERROR, reason)
+            state = State.OFFLINE if _gone(reply) else State.ERROR
+            self._settle(site, state, REVOKED if revoked else reason)
             return None
         try:
             again = self._fold(site, reply.content)
@@ -297,13 +320,20 @@ class Exchange:
             (message_id,) = self._push([message])
         except Exception as error:  # noqa: BLE001 - whatever Flower raises fails this site alone
             reason = one_line(f"not sent again: {error}")
+        revoked = message_id is None and self._revoked([site.node])
         with self._changed:
             # It may have ended meanwhile, as offline or because the exchange closed.
             if site not in self._waiting:
                 return
             if message_id is None:
-                self._settle(site, State.ERROR, reason)
+                ended = (State.OFFLINE, REVOKED) if revoked else (State.ERROR, reason)
+                self._settle(site, *ended)
                 return
             self._resent.add(site)
             self._waiting[site] = message_id
             self._due.append((time.monotonic() + self._poll_s, site))
+
+
+def _gone(reply: Message) -> bool:
+    """Whether Flower answered in the site's place, because its node is gone."""
+    return bool(reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)

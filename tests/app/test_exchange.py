@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 
 # Flower's Message takes its sender from here; its own process sets it when a task starts.
 from flwr.supercore.task_identity import TaskIdentity
@@ -149,6 +150,7 @@ class Asked:
     fold: Callable[[Site, RecordDict], Message | None] = lambda *_: None
     # Called as each site ends.
     told: Callable[[Outcome], None] = lambda _: None
+    revoked: Callable[[Collection[int]], set[int]] = lambda _: set()
     folded: list[str] = field(default_factory=list)
     ended: list[Outcome] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -167,6 +169,7 @@ class Asked:
             enough=self.enough,
             poll_s=0.02,
             held_s=0.2,
+            revoked=self._lookup,
         )
         self.exchange.dispatch(
             {site: Message(RecordDict(), site.node, MessageType.TRAIN) for site in self.sites}
@@ -182,6 +185,11 @@ class Asked:
         if message is None:
             self.folded.append(site.name)
         return message
+
+    def _lookup(self, nodes: Collection[int]) -> set[int]:
+        # It takes seconds where the SuperLink is slow: nobody may have to wait for it.
+        assert not self.exchange._changed._is_owned()  # type: ignore[attr-defined]
+        return self.revoked(nodes) & set(nodes)
 
     def _note(self, outcome: Outcome) -> None:
         self.ended.append(outcome)
@@ -231,8 +239,9 @@ def ask(
     enough: int | None = None,
     fold: Callable[[Site, RecordDict], Message | None] = lambda *_: None,
     told: Callable[[Outcome], None] = lambda _: None,
+    revoked: Callable[[Collection[int]], set[int]] = lambda _: set(),
 ) -> Asked:
-    return Asked(grid, sites, Deadlines(hard, soft, grace), quorum, enough, fold, told)
+    return Asked(grid, sites, Deadlines(hard, soft, grace), quorum, enough, fold, told, revoked)
 
 
 # --- how a site ends ---------------------------------------------------------------------------
@@ -324,6 +333,82 @@ def test_a_site_that_comes_back_still_delivers() -> None:
         return set() if back.is_set() else lost
 
     assert ask(FakeGrid({1: once(back)}, away=away), A).states() == [State.COMPLETED]
+
+
+def test_a_revoked_site_ends_at_once() -> None:
+    """Nobody waits for the grace: it will not come back."""
+    grid = FakeGrid({1: silent, 2: after(0.5)}, away=lost_once_asked)
+    asked = ask(grid, A, B, revoked=lambda _: {1})
+    assert asked.states() == [State.OFFLINE, State.COMPLETED]
+    assert asked.reason(A) == "revoked"
+    assert asked.of(A).sent
+    assert asked.seconds < SOON_S
+    asked.settle()
+
+
+def test_a_site_that_is_revoked_while_it_is_away_ends_then() -> None:
+    looks: Counter[int] = Counter()
+
+    def revoked(nodes: Collection[int]) -> set[int]:
+        looks.update(nodes)
+        return {1} if looks[1] > 3 else set()
+
+    asked = ask(FakeGrid({1: silent}, away=lost_once_asked), A, revoked=revoked)
+    assert asked.reason(A) == "revoked"
+    assert looks == {1: 4}
+
+
+def test_a_site_that_was_revoked_before_it_was_asked_is_not_sent_anything() -> None:
+    grid = FakeGrid({1: good}, nodes=(1,))
+    asked = ask(grid, A, B, C, revoked=lambda _: {2})
+    assert asked.states() == [State.COMPLETED, State.OFFLINE, State.OFFLINE]
+    assert (asked.reason(B), asked.reason(C)) == ("revoked", "not online when it was asked")
+    assert list(grid.sent) == ["1:0"]
+
+
+def test_only_who_is_missing_is_looked_up() -> None:
+    """A working round asks the registry nothing; one look asks for all that are missing."""
+    looked: list[set[int]] = []
+
+    def revoked(nodes: Collection[int]) -> set[int]:
+        looked.append(set(nodes))
+        return set()
+
+    asked = ask(FakeGrid({1: after(0.2), 2: good}, nodes=(1, 2)), *ALL, revoked=revoked)
+    assert asked.states() == [State.COMPLETED] * 2 + [State.OFFLINE] * 2
+    assert [nodes for nodes in looked if nodes] == [{3, 4}]
+
+
+@pytest.mark.parametrize("moment", ["sent", "pulled", "sent again"])
+def test_a_site_may_be_revoked_at_any_moment(moment: str) -> None:
+    """Between two looks at who is online Flower's own errors come first; the reason is the same."""
+    fold: Callable[[Site, RecordDict], Message | None] = lambda *_: None  # noqa: E731
+    grid = FakeGrid({1: good})
+    if moment == "sent":
+        grid.refuse = frozenset({1})
+    elif moment == "pulled":
+        grid.answers[1] = fails(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
+    else:
+
+        def fold(site: Site, _: RecordDict) -> Message:
+            grid.refuse = frozenset({1})
+            return want(site)
+
+    asked = ask(grid, A, fold=fold, revoked=lambda _: {1})
+    assert asked.states() == [State.OFFLINE]
+    assert asked.reason(A) == "revoked"
+
+
+def test_a_slow_registry_keeps_nobody_waiting(over: threading.Event) -> None:
+    def revoked(nodes: Collection[int]) -> set[int]:
+        if nodes:
+            over.wait(FOREVER_S)
+        return set()
+
+    grid = FakeGrid({1: silent, 2: after(0.3)}, away=lost_once_asked)
+    asked = ask(grid, A, B, hard=1.0, revoked=revoked)
+    assert asked.states()[1] is State.COMPLETED
+    assert asked.of(B).seconds < 1.0
 
 
 @pytest.mark.parametrize("grace", [0.3, 0.0])
