@@ -185,7 +185,7 @@ def requested_key(csr: str) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(csr.encode())
         key = request.public_key()
         signed = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm, UnicodeEncodeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise CertificateError("this is not a PEM request for a certificate") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise CertificateError("a federation's keys are on the curve P-256")
@@ -198,7 +198,7 @@ def public_node_key(text: str) -> ec.EllipticCurvePublicKey:
     """Return a SuperNode's public key; raise ``CertificateError`` unless it is an OpenSSH one on P-256."""
     try:
         key = serialization.load_ssh_public_key(text.encode())
-    except (ValueError, TypeError, UnsupportedAlgorithm, UnicodeEncodeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError) as error:
         raise CertificateError("the SuperNode key is not an OpenSSH public key") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise CertificateError("a SuperNode key is on the curve P-256")
