@@ -69,7 +69,7 @@ def authority_of(address: str, fingerprint: str) -> str:
     try:
         record = json.loads(answer.content)
         bundle = x509.load_pem_x509_certificates(record["authority"].encode())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, x509.InvalidVersion) as error:
         raise ConnectionRefusedByFleetError(
             f"{address} does not answer as an enrolment service (HTTP {answer.status_code}): "
             "ask the federation's operator whether the address is right"
