@@ -1,7 +1,9 @@
 """The processes that a command runs beside each other, each the ``vlafleet`` command with an identity of its own."""
 
+import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,10 @@ from certs.parent import end_with_parent
 
 # A SuperNode tells the SuperLink that it goes, the SuperLink lets open requests end.
 _STOP_SECONDS = 15.0
+# Weeks of a SuperNode's log. One of this size is kept beside it as LOG.1, in place of the one before.
+_LOG_BYTES = 10_000_000
+# More than a line of a log has.
+_TAIL_BYTES = 4096
 
 
 @dataclass
@@ -24,9 +30,10 @@ class Processes:
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *arguments: str, **environment: str) -> None:
-        """Start ``vlafleet ARGUMENTS`` with its output in ``logs/NAME.log``."""
-        log = self.logs / f"{name}.log"
-        with log.open("wb") as output:
+        """Start ``vlafleet ARGUMENTS`` with its output appended to ``logs/NAME.log``."""
+        log = self.log(name)
+        trim(log)
+        with log.open("ab") as output:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", "vlafleet", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -39,15 +46,18 @@ class Processes:
                 preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
             )
 
+    def log(self, name: str) -> Path:
+        """Where a process says what it does."""
+        return self.logs / f"{name}.log"
+
     def check(self) -> None:
         """Raise ``RunFailedError`` when a process has ended on its own."""
         for name, process in self.running.items():
             if process.poll() is not None:
-                log = self.logs / f"{name}.log"
-                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                log = self.log(name)
                 raise RunFailedError(
                     f"{name} ended with exit code {process.returncode}: "
-                    f"{last[0] if last else 'it said nothing'} ({log})"
+                    f"{last_line(log) or 'it said nothing'} ({log})"
                 )
 
     def stop(self) -> None:
@@ -62,3 +72,20 @@ class Processes:
                 process.kill()
                 process.wait()
         self.running.clear()
+
+
+def trim(log: Path) -> None:
+    """Move a large log's content to ``LOG.1``; a process that appends to it goes on at its top."""
+    # Neither there is one always, nor is there space.
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > _LOG_BYTES:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, empty when it says nothing."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""

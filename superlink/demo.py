@@ -20,9 +20,14 @@ import typer
 
 from certs.errors import FleetError
 from certs.health import check
-from certs.identity import Identity, ensure_federation, identity_directory
+from certs.identity import (
+    Identity,
+    authority_directory,
+    ensure_federation,
+    identity_directory,
+)
 from certs.processes import Processes
-from certs.roles import SUPERLINK_NAME, Role
+from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
 
@@ -38,14 +43,20 @@ def federation(
     runs: Path,
     port: int,
     uplinks: Mapping[str, str] | None = None,
+    *,
+    enrolment: bool = False,
+    site_lifetime: str = "",
 ) -> Iterator[tuple[Control, Processes]]:
     """Run a SuperLink, its SuperExec and a SuperNode with SuperExec per site; yield when all are online.
 
     ``directory`` keeps identities, logs and Flower's state. ``datasets`` maps a site to its dataset URI. The SuperLink
     listens on ``port`` of loopback, the SuperNodes on the ports above. ``uplinks`` maps a site to the address
-    (``host:port``) at which it finds the SuperLink, where that is another.
+    (``host:port``) at which it finds the SuperLink, where that is another. With ``enrolment`` an enrolment service
+    listens on the port above the SuperNodes', signs sites' certificates for ``site_lifetime`` (``24s``; empty: as long
+    as by default), and every process renews its certificate there.
     """
-    ports = {SUPERLINK_NAME: port} | {site: port + 1 + i for i, site in enumerate(datasets)}
+    names = [SUPERLINK_NAME, *datasets, *([ENROLMENT_NAME] if enrolment else [])]
+    ports = {name: port + i for i, name in enumerate(names)}
     for number in ports.values():
         bind("127.0.0.1", number).close()
     pki, logs, state = directory / "pki", directory / "logs", directory / "state"
@@ -53,10 +64,12 @@ def federation(
         pass
     # The runs of an earlier demo are kept under runs/; Flower's records of them, and of a SuperNode that was killed
     # and may not come back for 60 s, are not.
-    shutil.rmtree(state, ignore_errors=True)
-    logs.mkdir(parents=True, exist_ok=True)
+    for kept in (state, logs):
+        shutil.rmtree(kept, ignore_errors=True)
+    logs.mkdir(parents=True)
     address = f"localhost:{port}"
     processes = Processes(logs)
+    renewing = ["--enrolment", f"localhost:{ports[ENROLMENT_NAME]}"] if enrolment else []
 
     def identity(role: Role, name: str) -> str:
         return str(identity_directory(pki, role, name))
@@ -66,6 +79,8 @@ def federation(
             f"superexec-{name}",
             *("superexec", "--identity", identity(Role.SUPEREXEC, name)),
             *("--address", f"localhost:{ports[name]}"),
+            # A site's reaches nothing but its SuperNode, which renews for it.
+            *(renewing if name == SUPERLINK_NAME else []),
             # Two SuperExecs that unpack the same bundle into one place would race.
             FLWR_HOME=str(directory / "flwr" / name),
             VLAFLEET_RUNS=str(runs),
@@ -76,9 +91,20 @@ def federation(
         processes.start(
             "superlink",
             *("superlink", "--identity", superlink, "--state", str(state), "--port", str(port)),
+            *renewing,
         )
         superexec(SUPERLINK_NAME)
         wait_for_superlink(processes, Path(superlink), address)
+        if enrolment:
+            own = identity(Role.ENROLMENT, ENROLMENT_NAME)
+            processes.start(
+                "enrolment",
+                *("enrolment", "--identity", own, "--authority", str(authority_directory(pki))),
+                *("--state", str(directory / "enrolment"), "--superlink", address),
+                *("--port", str(ports[ENROLMENT_NAME])),
+                *(["--site-lifetime", site_lifetime] if site_lifetime else []),
+            )
+            wait_for_superlink(processes, Path(own), f"localhost:{ports[ENROLMENT_NAME]}")
         operator = Identity.load(identity_directory(pki, Role.OPERATOR, "admin"), Role.OPERATOR)
         with Control.connect(operator, address) as control:
             for site, dataset in datasets.items():
@@ -88,6 +114,7 @@ def federation(
                     *("supernode", "--identity", identity(Role.SITE, site)),
                     *("--superlink", (uplinks or {}).get(site, address)),
                     *("--port", str(ports[site]), "--dataset", dataset),
+                    *renewing,
                 )
                 superexec(site)
             control.wait_online(list(datasets), _START_SECONDS)
@@ -174,7 +201,10 @@ def _last_progress(log: IO[str]) -> str | None:
 
 
 def wait_for_superlink(processes: Processes, identity: Path, address: str) -> None:
-    """Return once the SuperLink answers its own probe; raise ``FleetError`` when it ends or takes too long."""
+    """Return once the SuperLink, or the enrolment service, answers its own probe.
+
+    Raises ``FleetError`` when a process ends or it takes too long.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while True:
         processes.check()
