@@ -1,70 +1,101 @@
-"""The TLS contexts of every process: TLS 1.3 (RFC 8446) only, both sides with a certificate of this federation."""
+"""The TLS contexts of every process: TLS 1.3 (RFC 8446) only, and both sides check whom they talk to.
 
+A context follows the identity's files: each handshake uses the certificate, the key and the authorities that lie there
+now. Connections that are open go on with what they began with.
+"""
+
+import logging
 import ssl
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, cast
 
 from certs.errors import CertificateError
 from certs.identity import Identity
 from certs.revocations import Revocations
-from certs.roles import SUPERLINK_NAME, Peer, Role
+from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Peer, Role
 
-# Called with a short reason (bounded, a metric label) and a sentence for every refused handshake.
-OnRefused = Callable[[str, str], None]
+_log = logging.getLogger("vlafleet.certs")
+
+# Federation, role and name of a server.
+Server = tuple[str, Role, str]
+# Raises ssl.SSLCertVerificationError unless a certificate (DER; None: none was presented) is acceptable.
+Check = Callable[[bytes | None], None]
 
 
-def server_context(
-    identity: Identity, revocations: Revocations | None, on_refused: OnRefused
-) -> ssl.SSLContext:
+def server_context(identity: Identity, revocations: Revocations | None) -> ssl.SSLContext:
     """Return the context of a server that requires a client certificate of its own federation.
 
-    The holder is checked as the handshake ends, so a revoked or foreign certificate never reaches HTTP. ``ssl`` has no
-    callback there; ``SSLContext.sslobject_class`` is its documented extension point, which asyncio's transports use.
+    The holder is checked as the handshake ends, so a revoked or foreign certificate never reaches HTTP.
     """
+    return _server(identity, revocations, ssl.CERT_REQUIRED)
 
-    class Checked(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            try:
-                super().do_handshake()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                raise
-            except ssl.SSLError as error:
-                on_refused(_reason(error), str(error))
-                raise
-            sentence = _unfit(self.getpeercert(binary_form=True), identity, revocations)
-            if sentence is not None:
-                on_refused("certificate", sentence)
-                raise ssl.SSLError(sentence)
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _common(context, identity)
-    context.verify_mode = ssl.CERT_REQUIRED
-    # No resumption: a ticket would let a holder back in without showing the certificate again.
-    context.num_tickets = 0
-    context.sslobject_class = Checked
+def open_server_context(identity: Identity, revocations: Revocations | None) -> ssl.SSLContext:
+    """Return the context of a server that also answers clients without a certificate.
+
+    A certificate that is presented is checked as ``server_context`` does.
+    """
+    return _server(identity, revocations, ssl.CERT_OPTIONAL)
+
+
+def client_context(identity: Identity, server: Server | None = None) -> ssl.SSLContext:
+    """Return the context of a client that presents ``identity`` and checks host name and holder of the server.
+
+    ``server`` is who is expected, by default the one that a holder of this role talks to. The check keeps a site, whose
+    certificate also serves its Runtime API, from posing as the SuperLink.
+    """
+    expected = server or expected_server(identity.peer)
+
+    def make() -> _Checked:
+        context = _Checked(ssl.PROTOCOL_TLS_CLIENT, lambda der: check_server(der, expected))
+        _present(context, identity)
+        return context
+
+    return _Following(ssl.PROTOCOL_TLS_CLIENT, identity, make)
+
+
+def anonymous_context(authority_pem: str, federation: str) -> ssl.SSLContext:
+    """Return the context of a client without a certificate, which expects the enrolment service of a federation.
+
+    ``authority_pem`` is the authority's certificate. Raises ``CertificateError`` when it cannot be read.
+    """
+    expected = enrolment_server(federation)
+    context = _Checked(ssl.PROTOCOL_TLS_CLIENT, lambda der: check_server(der, expected))
+    try:
+        context.load_verify_locations(cadata=authority_pem)
+    except (ssl.SSLError, ValueError) as error:
+        raise CertificateError(
+            f"the authority of {federation!r} is not a PEM certificate: {error}"
+        ) from error
     return context
 
 
-def client_context(identity: Identity) -> ssl.SSLContext:
-    """Return the context of a client that presents ``identity`` and checks host name and role of the server.
+def unverified_context() -> ssl.SSLContext:
+    """Return the context of a client that verifies nothing.
 
-    The role check keeps a site, whose certificate also serves its Runtime API, from posing as the SuperLink.
+    Only for asking who the authority is: nothing secret may be sent, and what comes back must be verified by the
+    fingerprint in the invitation.
     """
-    expected = expected_server(identity.peer)
-
-    class Checked(ssl.SSLSocket):
-        def do_handshake(self, block: bool = False) -> None:
-            super().do_handshake(block)
-            check_server(self.getpeercert(binary_form=True), expected)
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _common(context, identity)
-    context.sslsocket_class = Checked
+    context = _Checked(ssl.PROTOCOL_TLS_CLIENT, lambda _der: None)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 
-def expected_server(peer: Peer) -> tuple[str, Role, str]:
-    """Return federation, role and name of the only server a holder talks to.
+def reload(identity: Identity) -> None:
+    """Let every living context of the identity's directory take its files up now, not at its next handshake.
+
+    Raises ``CertificateError`` when they cannot be used; then what was in force stays so.
+    """
+    for context in _living():
+        if context.identity.directory == identity.directory:
+            context.follow()
+
+
+def expected_server(peer: Peer) -> Server:
+    """Return the server that a holder talks to.
 
     A site's SuperExec talks to its own SuperNode; everybody else, the SuperLink's SuperExec
     among them, to the SuperLink.
@@ -74,7 +105,12 @@ def expected_server(peer: Peer) -> tuple[str, Role, str]:
     return peer.federation, Role.SUPERLINK, SUPERLINK_NAME
 
 
-def check_server(der: bytes | None, expected: tuple[str, Role, str]) -> None:
+def enrolment_server(federation: str) -> Server:
+    """Return the enrolment service of a federation."""
+    return federation, Role.ENROLMENT, ENROLMENT_NAME
+
+
+def check_server(der: bytes | None, expected: Server) -> None:
     """Raise ``ssl.SSLCertVerificationError`` unless a server's certificate is the expected holder's."""
     try:
         peer = Peer.of_der(der or b"")
@@ -86,13 +122,132 @@ def check_server(der: bytes | None, expected: tuple[str, Role, str]) -> None:
         )
 
 
-def _common(context: ssl.SSLContext, identity: Identity) -> None:
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
+class _Socket(ssl.SSLSocket):
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        cast("_Checked", self.context).check(self.getpeercert(binary_form=True))
+
+
+class _Object(ssl.SSLObject):
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        cast("_Checked", self.context).check(self.getpeercert(binary_form=True))
+
+
+class _Checked(ssl.SSLContext):
+    """TLS 1.3 whose handshakes end with a check of the peer's certificate.
+
+    ``ssl`` has no callback there; ``sslsocket_class`` and ``sslobject_class`` are its documented extension points. An
+    httpx client uses the one, asyncio's transports the other.
+    """
+
+    sslsocket_class = _Socket
+    sslobject_class = _Object
+
+    def __new__(cls, protocol: int, _check: Check) -> Self:
+        return super().__new__(cls, protocol)
+
+    def __init__(self, _protocol: int, check: Check) -> None:
+        self.check = check
+        self.minimum_version = ssl.TLSVersion.TLSv1_3
+        self.verify_flags |= ssl.VERIFY_X509_STRICT
+
+
+class _Following(ssl.SSLContext):
+    """Hands each handshake to a context made of the identity's current files.
+
+    A context in use cannot be changed instead: ``load_cert_chain`` leaves it without a certificate for a moment, and
+    an authority that was loaded stays trusted. This context itself trusts nobody.
+    """
+
+    def __new__(cls, protocol: int, _identity: Identity, _make: Callable[[], _Checked]) -> Self:
+        return super().__new__(cls, protocol)
+
+    def __init__(self, _protocol: int, identity: Identity, make: Callable[[], _Checked]) -> None:
+        self.identity = identity
+        self._make = make
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._current = make()
+        with _living_lock:
+            _contexts.add(self)
+
+    def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        """Begin a connection of an httpx or http.client client."""
+        return self._followed().wrap_socket(*arguments, **options)
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        """Begin a connection of an asyncio transport."""
+        return self._followed().wrap_bio(*arguments, **options)
+
+    def follow(self) -> None:
+        """Take up the files if they changed; raise ``CertificateError`` when they cannot be used."""
+        with self._lock:
+            signature = self._signature()
+            if signature != self._seen:
+                # Noted first: files that cannot be used are not read again until they change.
+                self._seen = signature
+                self._current = self._make()
+
+    def _followed(self) -> ssl.SSLContext:
+        try:
+            self.follow()
+        except CertificateError as error:
+            _log.error("the last good certificate stays in use: %s", error)
+        return self._current
+
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        """Tell one version of the files from the next."""
+        identity = self.identity
+        signature: list[tuple[int, int, int] | None] = []
+        for path in (identity.certificate, identity.key, identity.authority):
+            try:
+                status = path.stat()
+            except OSError:
+                signature.append(None)
+            else:
+                signature.append((status.st_mtime_ns, status.st_ino, status.st_size))
+        return signature
+
+
+_contexts: weakref.WeakSet[_Following] = weakref.WeakSet()
+_living_lock = threading.Lock()
+
+
+def _living() -> list[_Following]:
+    with _living_lock:
+        return list(_contexts)
+
+
+def _server(
+    identity: Identity, revocations: Revocations | None, verify_mode: ssl.VerifyMode
+) -> ssl.SSLContext:
+    def check(der: bytes | None) -> None:
+        # OpenSSL has ended the handshake already when there is none and one is required.
+        if der is None and verify_mode is ssl.CERT_OPTIONAL:
+            return
+        sentence = _unfit(der, identity, revocations)
+        if sentence is not None:
+            raise ssl.SSLCertVerificationError(sentence)
+
+    def make() -> _Checked:
+        context = _Checked(ssl.PROTOCOL_TLS_SERVER, check)
+        _present(context, identity)
+        context.verify_mode = verify_mode
+        # No resumption: a ticket would let a holder back in without showing the certificate again.
+        context.num_tickets = 0
+        return context
+
+    return _Following(ssl.PROTOCOL_TLS_SERVER, identity, make)
+
+
+def _present(context: ssl.SSLContext, identity: Identity) -> None:
+    """Load the identity's certificate and key, and the authorities it trusts."""
     try:
-        context.load_cert_chain(identity.certificate, identity.key)
-        context.load_verify_locations(identity.authority)
-    except (OSError, ssl.SSLError) as error:
+        with identity.chain() as chain:
+            context.load_cert_chain(chain)
+        context.load_verify_locations(cadata=identity.bundle())
+    except (OSError, ssl.SSLError, ValueError) as error:
         raise CertificateError(f"{identity.directory} cannot be used for TLS: {error}") from error
 
 
@@ -107,15 +262,3 @@ def _unfit(der: bytes | None, identity: Identity, revocations: Revocations | Non
     if revocations is not None and peer.serial in revocations:
         return f"the certificate {peer.serial:x} of {peer.uri} is revoked"
     return None
-
-
-def _reason(error: Any) -> str:
-    """Return a bounded reason for a handshake that OpenSSL failed."""
-    reason = str(getattr(error, "reason", None) or "unknown").lower()
-    known = {
-        "peer_did_not_return_a_certificate": "no certificate",
-        "certificate_verify_failed": "not verified",
-        "http_request": "plain HTTP",
-        "unsupported_protocol": "old TLS",
-    }
-    return known.get(reason, "handshake")

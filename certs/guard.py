@@ -5,10 +5,12 @@ Flower's own middleware starts behind it; nothing that is not allowed here reach
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
 from prometheus_client import Counter
 
+from certs.lifetime import CLOCK_SKEW
 from certs.revocations import Revocations
 from certs.roles import Peer
 
@@ -20,6 +22,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Answers None when the peer may go on, else the reason (a bounded metric label).
 Rule = Callable[[Peer, Mapping[bytes, bytes]], Awaitable[str | None]]
+# Gets role, name, serial (hex), path, reason and address of a refused request; what is not known is empty.
+OnRefused = Callable[[dict[str, str]], None]
 
 REFUSED = Counter(
     "vlafleet_refused_requests",
@@ -36,6 +40,10 @@ _STATUS = 404
 # lies outside Flower's own ranges.
 _BODY = b'{"code": 40400, "detail": "Refused by the role guard; the server\'s log says why."}'
 
+# Holders renew at two thirds of a certificate's life. In its last sixth, answers end the connection, so that the next
+# request comes with the new certificate and none is caught by the end of the old one.
+_LAST_SHARE = 1 / 6
+
 
 def allow(predicate: Callable[[Peer], bool]) -> Rule:
     """Return the rule that lets those peers pass for whom ``predicate`` holds."""
@@ -46,16 +54,29 @@ def allow(predicate: Callable[[Peer], bool]) -> Rule:
     return rule
 
 
-def log_refused_handshake(reason: str, sentence: str) -> None:
+def log_refused_handshake(reason: str, sentence: str, address: str) -> None:
     """Log and count a refused TLS handshake."""
     FAILED_HANDSHAKES.labels(reason).inc()
-    _log.warning("refused handshake: reason=%r %s", reason, sentence)
+    _log.warning("refused handshake: reason=%r address=%s %s", reason, address, sentence)
+
+
+def unfit(peer: Peer, revocations: Revocations | None) -> str | None:
+    """Return why a peer may not go on, though its handshake was accepted; None when it may."""
+    if revocations is not None and peer.serial in revocations:
+        return "revoked"
+    return "expired" if datetime.now(UTC) >= peer.not_after else None
+
+
+def client_address(scope: Scope) -> str:
+    """Return the IP address a request came from."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
 class Guard:
     """Let a request pass when the rule for its path accepts the peer; refuse every other path.
 
     ``rules`` maps a path prefix ending in ``/``, or one exact path, to a rule and the application behind it.
+    ``anonymous`` maps an exact path to an application for everybody, with a certificate or without.
     """
 
     def __init__(
@@ -63,10 +84,15 @@ class Guard:
         rules: Mapping[str, tuple[Rule, Application]],
         lifespan: Application,
         revocations: Revocations | None,
+        *,
+        anonymous: Mapping[str, Application] | None = None,
+        on_refused: OnRefused | None = None,
     ) -> None:
         self._rules = rules
         self._lifespan = lifespan
         self._revocations = revocations
+        self._anonymous = anonymous or {}
+        self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -74,37 +100,78 @@ class Guard:
             await self._lifespan(scope, receive, send)
             return
         peer: Peer | None = scope.get("state", {}).get("peer")
-        path = str(scope["path"])
-        api, entry = self._find(path)
-        reason, application = "path", None
-        if scope["type"] != "http" or peer is None:
-            reason = "protocol"
-        elif self._revocations is not None and peer.serial in self._revocations:
-            # Checked on every request: a connection opened before the revocation ends here.
-            reason = "revoked"
-        elif entry is not None:
-            rule, application = entry
-            reason = await rule(peer, dict(scope["headers"])) or ""
-        if not reason and application is not None:
-            await application(scope, receive, send)
+        api, rule, application = self._find(str(scope["path"]))
+        reason = await self._reason(scope, peer, rule, application)
+        if reason is None and application is not None:
+            closing = peer is not None and _in_last_share(peer)
+            await application(scope, receive, _closing(send) if closing else send)
             return
-        role = peer.role if peer else "none"
-        REFUSED.labels(role, api, reason).inc()
+        refused = {
+            "role": str(peer.role) if peer else "none",
+            "name": peer.name if peer else "",
+            "serial": f"{peer.serial:x}" if peer else "",
+            "path": str(scope["path"]),
+            "reason": str(reason),
+            "address": client_address(scope),
+        }
+        REFUSED.labels(refused["role"], api, reason).inc()
         _log.warning(
-            "refused request: role=%s name=%s path=%s serial=%s reason=%s",
-            role,
-            peer.name if peer else "-",
-            repr(path),  # a path is the peer's text: no control character reaches the log
-            f"{peer.serial:x}" if peer else "-",
+            "refused request: role=%s name=%s path=%s serial=%s address=%s reason=%s",
+            refused["role"],
+            refused["name"] or "-",
+            repr(refused["path"]),  # the peer's text: no control character reaches the log
+            refused["serial"] or "-",
+            refused["address"] or "-",
             reason,
         )
+        if self._on_refused is not None:
+            self._on_refused(refused)
         await _refuse(scope, send)
 
-    def _find(self, path: str) -> tuple[str, tuple[Rule, Application] | None]:
-        for prefix, entry in self._rules.items():
+    async def _reason(
+        self,
+        scope: Scope,
+        peer: Peer | None,
+        rule: Rule | None,
+        application: Application | None,
+    ) -> str | None:
+        """Return why a request is refused (a bounded metric label), or None."""
+        if scope["type"] != "http":
+            return "protocol"
+        # Checked on every request: a connection opened before the revocation ends here.
+        if peer is not None and (reason := unfit(peer, self._revocations)):
+            return reason
+        if application is None:
+            return "path"
+        if rule is None:
+            return None
+        return await rule(peer, dict(scope["headers"])) if peer else "no certificate"
+
+    def _find(self, path: str) -> tuple[str, Rule | None, Application | None]:
+        """Return the API (a bounded metric label), who may use it (None: everybody) and what serves it."""
+        if path in self._anonymous:
+            return path, None, self._anonymous[path]
+        for prefix, (rule, application) in self._rules.items():
             if path == prefix or (prefix.endswith("/") and path.startswith(prefix)):
-                return prefix, entry
-        return "other", None
+                return prefix, rule, application
+        return "other", None, None
+
+
+def _in_last_share(peer: Peer) -> bool:
+    life = peer.not_after - peer.not_before - CLOCK_SKEW
+    return datetime.now(UTC) >= peer.not_after - life * _LAST_SHARE
+
+
+def _closing(send: Send) -> Send:
+    """Return a ``send`` whose answer ends the connection."""
+
+    async def close(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", []), (b"connection", b"close")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return close
 
 
 async def _refuse(scope: Scope, send: Send) -> None:

@@ -20,11 +20,12 @@ _PROBE_SECONDS = 5.0
 def check(directory: Path, address: str) -> str:
     """Return a line that says the process is healthy; raise ``ConnectionRefusedByFleetError`` otherwise.
 
-    The SuperLink is asked over mutual TLS with its own identity. SuperNode and SuperExec are healthy while their server
-    answers them: their own ports stay open when their work has stopped (measured on Flower 1.41).
+    SuperLink and enrolment service are asked over mutual TLS with their own identity. SuperNode and SuperExec are
+    healthy while their server answers them: their own ports stay open when their work has stopped (measured on Flower
+    1.41).
     """
-    identity = Identity.load(directory, Role.SUPERLINK, Role.SITE, Role.SUPEREXEC)
-    if identity.peer.role is Role.SUPERLINK:
+    identity = Identity.load(directory, Role.SUPERLINK, Role.ENROLMENT, Role.SITE, Role.SUPEREXEC)
+    if identity.peer.role in {Role.SUPERLINK, Role.ENROLMENT}:
         return _ask(identity, address)
     silence = seconds_since_contact(identity.peer)
     if silence is None or silence > _SILENCE_SECONDS:
@@ -38,7 +39,8 @@ def check(directory: Path, address: str) -> str:
 
 def _ask(identity: Identity, address: str) -> str:
     host, _, port = address.rpartition(":")
-    context = client_context(identity)
+    peer = identity.peer
+    context = client_context(identity, (peer.federation, peer.role, peer.name))
     try:
         connection = http.client.HTTPSConnection(
             host, int(port), timeout=_PROBE_SECONDS, context=context
@@ -50,8 +52,8 @@ def _ask(identity: Identity, address: str) -> str:
             connection.close()
     except (OSError, ssl.SSLError, http.client.HTTPException, ValueError) as error:
         raise ConnectionRefusedByFleetError(
-            f"the SuperLink at {address} does not answer: {error}"
+            f"the {peer.role} at {address} does not answer: {error}"
         ) from error
     if status != http.client.OK:
-        raise ConnectionRefusedByFleetError(f"the SuperLink at {address} answers {status}")
-    return f"superlink: {address} answers"
+        raise ConnectionRefusedByFleetError(f"the {peer.role} at {address} answers {status}")
+    return f"{peer.role}: {address} answers"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from certs.errors import CertificateError
-from certs.files import load_certificate, read
+from certs.files import load_certificates, read, write_atomic
 
 _log = logging.getLogger("vlafleet.certs")
 
@@ -19,23 +20,22 @@ _CHECK_SECONDS = 1.0
 
 
 class Revocations:
-    """A revocation list (RFC 5280) that follows its file.
+    """A revocation list (RFC 5280) that follows its file, or is handed over with ``take``.
 
-    The first reading fails closed: no list, no server. A later list that is damaged, unsigned or older is not taken;
-    the last good one stays in force and the error is logged.
+    ``authority`` is the bundle: any authority in it may have signed the list. The first reading fails closed: no list,
+    no server. A later list that is damaged, unsigned or older is not taken; the last good one stays in force and the
+    error is logged.
     """
 
     def __init__(self, path: Path, authority: Path) -> None:
         self._path = path
-        key = load_certificate(authority, "authority certificate").public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise CertificateError(f"the authority {authority} has no elliptic-curve key")
-        self._authority = key
+        self._authority = authority
         self._lock = threading.Lock()
         self._seen = self._signature()
-        self._list = self._read()
+        self._list = self._verified(read(path, "revocation list"), str(path))
         self._serials = _serials(self._list)
         self._next_check = time.monotonic() + _CHECK_SECONDS
+        self._warn_when_stale()
 
     def __contains__(self, serial: int) -> bool:
         """Whether the certificate with this serial is revoked."""
@@ -45,13 +45,32 @@ class Revocations:
                 self._follow()
             return serial in self._serials
 
+    def take(self, pem: bytes) -> bool:
+        """Put a list in force and keep it; return False when it is not newer than the one in force.
+
+        Raises ``CertificateError`` when it is not this federation's, or cannot be written; in the latter case it is
+        in force until the process ends, and may be handed over again.
+        """
+        new = self._verified(pem, "the revocation list that was handed over")
+        with self._lock:
+            # What lies in the file counts, too: another process may have written it a moment ago.
+            self._follow()
+            if _number(new) <= _number(self._list):
+                return False
+            # A full disk must not keep a holder in.
+            self._serials = _serials(new)
+            write_atomic(self._path, new.public_bytes(Encoding.PEM))
+            self._list, self._seen = new, self._signature()
+        _log.info("revocation list taken: %d serials", len(self._serials))
+        return True
+
     def _follow(self) -> None:
         signature = self._signature()
         if signature == self._seen:
             return
         self._seen = signature
         try:
-            new = self._read()
+            new = self._verified(read(self._path, "revocation list"), str(self._path))
         except CertificateError as error:
             _log.error("the last good revocation list stays in force: %s", error)
             return
@@ -59,6 +78,7 @@ class Revocations:
             _log.error("%s is older than the revocation list in force; not taken", self._path)
             return
         self._list, self._serials = new, _serials(new)
+        self._warn_when_stale()
         _log.info("revocation list read: %d serials", len(self._serials))
 
     def _signature(self) -> tuple[int, int, int] | None:
@@ -69,23 +89,33 @@ class Revocations:
             return None
         return status.st_mtime_ns, status.st_ino, status.st_size
 
-    def _read(self) -> x509.CertificateRevocationList:
-        data = read(self._path, "revocation list")
+    def _verified(self, data: bytes, what: str) -> x509.CertificateRevocationList:
+        """Read a list; raise ``CertificateError`` unless an authority of this federation signed it."""
         try:
             crl = x509.load_pem_x509_crl(data)
+            numbered = any(isinstance(one.value, x509.CRLNumber) for one in crl.extensions)
         except ValueError as error:
-            raise CertificateError(f"{self._path} is not a PEM revocation list") from error
-        if not crl.is_signature_valid(self._authority):
-            raise CertificateError(f"{self._path} was not signed by this federation's authority")
-        if not any(isinstance(extension.value, x509.CRLNumber) for extension in crl.extensions):
-            raise CertificateError(f"{self._path} has no CRL number; it is not this authority's")
-        if crl.next_update_utc is not None and crl.next_update_utc < datetime.now(UTC):
+            raise CertificateError(f"{what} is not a PEM revocation list") from error
+        authorities = load_certificates(self._authority, "authority certificate")
+        if not any(_is_signed_by(crl, authority) for authority in authorities):
+            raise CertificateError(f"{what} was not signed by this federation's authority")
+        if not numbered:
+            raise CertificateError(f"{what} has no CRL number; it is not this authority's")
+        return crl
+
+    def _warn_when_stale(self) -> None:
+        end = self._list.next_update_utc
+        if end is not None and end < datetime.now(UTC):
             _log.warning(
                 "%s is stale since %s; run 'vlafleet certs list' on the authority's machine",
                 self._path,
-                crl.next_update_utc.isoformat(),
+                end.isoformat(),
             )
-        return crl
+
+
+def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
+    key = authority.public_key()
+    return isinstance(key, ec.EllipticCurvePublicKey) and crl.is_signature_valid(key)
 
 
 def _number(crl: x509.CertificateRevocationList) -> int:

@@ -5,7 +5,8 @@ subjects, and as the SAN URI ``spiffe://<federation>/<role>/<name>`` (SPIFFE ID,
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Self
 
@@ -62,6 +63,9 @@ class Peer:
     role: Role
     name: str
     serial: int
+    _: KW_ONLY
+    not_before: datetime
+    not_after: datetime
 
     @property
     def uri(self) -> str:
@@ -83,7 +87,11 @@ class Peer:
         match = re.fullmatch(r"spiffe://([^/]+)/([^/]+)/([^/]+)", uris[0])
         if match is None or match[2] not in set(Role):
             raise CertificateError(f"{uris[0]!r} does not name a role of a federation")
-        peer = cls(match[1], Role(match[2]), match[3], certificate.serial_number)
+        peer = cls(
+            *(match[1], Role(match[2]), match[3], certificate.serial_number),
+            not_before=certificate.not_valid_before_utc,
+            not_after=certificate.not_valid_after_utc,
+        )
         if certificate.subject != subject(peer.federation, peer.role, peer.name):
             raise CertificateError(f"the subject and {uris[0]!r} name different holders")
         return peer

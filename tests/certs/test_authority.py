@@ -45,7 +45,11 @@ def test_issued_certificate_says_who_holds_it(fresh: Authority, tmp_path: Path, 
     assert ensure_identity(fresh, tmp_path / "id", role, name_of(role), hosts) == "issued"
     identity = Identity.load(tmp_path / "id", role)
     certificate = load_certificate(tmp_path / "id" / "tls.crt")
-    assert identity.peer == Peer("lab", role, name_of(role), certificate.serial_number)
+    assert identity.peer == Peer(
+        *("lab", role, name_of(role), certificate.serial_number),
+        not_before=certificate.not_valid_before_utc,
+        not_after=certificate.not_valid_after_utc,
+    )
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert ExtendedKeyUsageOID.CLIENT_AUTH in usage
     assert (ExtendedKeyUsageOID.SERVER_AUTH in usage) == (role in SERVERS)

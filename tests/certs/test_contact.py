@@ -1,6 +1,7 @@
 """The health probe's file: this process's contact, in a directory of its own."""
 
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from certs.contact import contact_file, recorder, seconds_since_contact
 from certs.errors import StorageError
 from certs.roles import Peer, Role
 
-PEER = Peer("lab", Role.SITE, "site-a", 1)
+NOW = datetime.now(UTC)
+PEER = Peer("lab", Role.SITE, "site-a", 1, not_before=NOW, not_after=NOW)
 
 
 @pytest.fixture(autouse=True)

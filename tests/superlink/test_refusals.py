@@ -222,7 +222,7 @@ def test_a_sites_superexec_has_no_business_here(superlink: Running) -> None:
 def test_another_federation(superlink: Running, tmp_path: Path) -> None:
     """A certificate of our own key whose URI names another federation (an authority that served two)."""
     authority = Authority.load(authority_directory(superlink.pki))
-    other = Authority(authority.directory, authority.certificate, "elsewhere")
+    other = Authority(authority.directory, "elsewhere")
     ensure_identity(other, tmp_path / "id", Role.OPERATOR, "admin")
     assert superlink.ask("/v1/control/list-nodes", tmp_path / "id").refused_by_tls
 
