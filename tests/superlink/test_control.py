@@ -1,6 +1,8 @@
 """The Control API as an operator and the enrolment service use it."""
 
 import base64
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ from certs.contexts import client_context
 from certs.errors import CertificateError, ConnectionRefusedByFleetError
 from certs.identity import Identity
 from certs.roles import ENROLMENT_NAME, Role
-from superlink.control import Control
+from superlink.control import Control, run_request
 from tests.federation import Running, node_header, running_superlink
 
 pytestmark = pytest.mark.federation
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,34 @@ def activate(running: Running, site: Path) -> None:
             },
         )
     answer.raise_for_status()
+
+
+def test_runs_are_audited(running: Running, tmp_path: Path) -> None:
+    """Who started and stopped a run, from where; what came of neither leaves no line."""
+    # Alone, so that no other file is looked at for the bundle.
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    log = running.processes.logs / "state" / "audit.jsonl"
+    directory = running.identity(Role.OPERATOR, "admin")
+    operator = Identity.load(directory, Role.OPERATOR)
+    with Control.connect(operator, running.address) as control:
+        run = control.start(run_request(tmp_path, ["rounds=1"]))
+        control.stop(run)
+        assert control.status(run).sub_status == "stopped"
+        with pytest.raises(ConnectionRefusedByFleetError):  # it is finished
+            control.stop(run)
+        with pytest.raises(ConnectionRefusedByFleetError):  # there is none
+            control.stop(run + 1)
+        request = run_request(tmp_path, [])
+        request.fab.content = b"no bundle"
+        with pytest.raises(ConnectionRefusedByFleetError):
+            control.start(request)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if line["event"].startswith("run-")]
+    assert [(line["event"], line["run"]) for line in lines] == [
+        ("run-started", str(run)),
+        ("run-stopped", str(run)),
+    ]
+    for line in lines:
+        assert (line["role"], line["name"]) == ("operator", "admin")
+        assert line["serial"] == f"{operator.peer.serial:x}"
+        assert line["address"] in {"127.0.0.1", "::1"}
