@@ -213,6 +213,11 @@ def fingerprint_of(key: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
+def keys_fingerprint(*keys: ec.EllipticCurvePublicKey) -> str:
+    """Return one SHA-256 over several public keys, hex: what two people compare, and what an invitation was used by."""
+    return hashlib.sha256("".join(map(fingerprint_of, keys)).encode()).hexdigest()
+
+
 def certificate_fingerprint(certificate: x509.Certificate) -> str:
     """Return the SHA-256 of a certificate (DER), hex: what an invitation names the authority by."""
     return certificate.fingerprint(hashes.SHA256()).hex()
