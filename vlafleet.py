@@ -25,6 +25,7 @@ cli = typer.Typer(
 )
 cli.add_typer(certs.cli.cli, name="certs")
 cli.command()(superlink.cli.superlink)
+cli.command()(superlink.cli.enrolment)
 for command in (
     supernode.cli.join,
     supernode.cli.check,

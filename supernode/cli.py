@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from certs.cli import EnrolmentOption, IdentityOption, SuperLinkOption
+from certs.errors import ConfigError
 from certs.identity import Identity
 from certs.roles import Role
 from supernode.site import Mode, Site, absolute_dataset, default_directory, only_directory
@@ -139,6 +140,10 @@ def stop(directory: DirectoryOption = None) -> None:
     from supernode.join import stop as stop_site
 
     site = Site.load(directory or only_directory())
+    if site.mode == "helm":
+        raise ConfigError(
+            f"{site.name} is run by Helm: 'helm list' names its release, 'helm uninstall' ends it"
+        )
     typer.echo(f"{site.name} {'stopped' if stop_site(site) else 'was not running'}")
 
 

@@ -56,10 +56,11 @@ def join(site: Site, invitation: Invitation, say: Say) -> None:
     with locked(site.directory):
         if member and known is not None:
             site = with_addresses(site, known)
-            site.save()
         else:
+            if known is not None and known.mode != site.mode:
+                stop(known)
             site = _become_member(site, invitation, existed, say)
-        bring_up(site, say, restart=not member or site != known)
+        bring_up(site, say, stop_first=None if member and site == known else known or site)
 
 
 def is_member(known: Site, say: Say) -> bool:
@@ -130,18 +131,25 @@ def become(site: Site, membership: Membership, keys: Keys, fingerprint: str, say
 def _leave_nothing(site: Site, existed: bool) -> None:
     """Remove what a join made whose invitation was refused: keys that nobody has asked anything for."""
     discard(site)
-    with contextlib.suppress(OSError):  # what holds something else stays
-        for directory in (site.identity, site.superexec, site.state, site.cache, site.logs):
+    for directory in (site.identity, site.superexec, site.state, site.cache, site.logs):
+        with contextlib.suppress(OSError):  # what holds something else stays
             directory.rmdir()
-        if not existed:
-            (site.directory / ".lock").unlink()
+    if not existed:
+        (site.directory / ".lock").unlink()
+        with contextlib.suppress(OSError):
             site.directory.rmdir()
 
 
-def bring_up(site: Site, say: Say, *, restart: bool) -> None:
-    """Check a member's machine, start its processes, and return once the SuperLink sees it online."""
+def bring_up(site: Site, say: Say, *, stop_first: Site | None) -> None:
+    """Check a member's machine, start its processes, and return once the SuperLink sees it online.
+
+    ``stop_first`` is what may run and is not as ``site`` is; None where nothing has changed.
+    """
     dataset = preflight(site, say)
     _report(site, dataset, say)
+    stopped = stop_first is not None and stop(stop_first)
+    # Not before: what runs would never be started again with it, were this command interrupted in between.
+    site.save()
     if site.mode == "helm":
         from supernode import helm
 
@@ -150,7 +158,14 @@ def bring_up(site: Site, say: Say, *, restart: bool) -> None:
             say(f"next        {step}")
         return
     before = _look(site)
-    started = _start(site, say, restart=restart)
+    started = _start(site)
+    if site.mode == "compose":
+        say(f"files       {site.directory / 'compose.yaml'}")
+    how = "docker compose" if site.mode == "compose" else "plain processes of this user"
+    if started:
+        say(f"start       {'again, ' if stopped else ''}with {how}")
+    else:
+        say("start       it runs already, and nothing has changed")
     seconds = _wait_online(site, before if started else None)
     say(f"online      seen by the SuperLink after {seconds:.0f} s")
     _summarise(site, say)
@@ -179,32 +194,26 @@ def _report(site: Site, dataset: Mapping[str, Any] | None, say: Say) -> None:
         say(f"dataset     {numbers['episodes']} episodes, {numbers['frames']} frames, reported")
 
 
-def _start(site: Site, say: Say, *, restart: bool) -> bool:
-    """Start the site's processes; return whether they were not running as they should."""
+def _start(site: Site) -> bool:
+    """Start the site's processes; return whether they had to be started."""
+    running = _running(site)
     if site.mode == "compose":
         from supernode import compose
 
-        say(f"files       {compose.write(site)}")
-        running = compose.running(site)
+        compose.write(site)
+        # Also where it runs: compose replaces only what is not as the file says.
+        compose.start(site)
     else:
         from supernode import native
 
-        running = native.running(site.directory)
-    if running and not restart:
-        say("start       it runs already, and nothing has changed")
-        return False
-    if running:
-        stop(site)
-    if site.mode == "compose":
-        compose.start(site)
-    else:
         native.start(site)
-    say(f"start       {'again, ' if running else ''}with {_how(site.mode)}")
-    return True
+    return not running
 
 
 def stop(site: Site) -> bool:
     """Stop what runs of a site; return whether something did."""
+    if not _running(site):
+        return False
     if site.mode == "compose":
         from supernode import compose
 
@@ -212,6 +221,16 @@ def stop(site: Site) -> bool:
     from supernode import native
 
     return native.stop(site.directory)
+
+
+def _running(site: Site) -> bool:
+    if site.mode == "compose":
+        from supernode import compose
+
+        return compose.running(site)
+    from supernode import native
+
+    return native.running(site.directory)
 
 
 def default_mode() -> Mode:
@@ -246,22 +265,13 @@ def _wait_online(site: Site, before: Presence | None) -> float:
             ):
                 return spent
             said = f"says {now.status}"
-        if site.mode == "native":
-            from supernode import native
-
-            if not native.running(site.directory):
-                raise RunFailedError(
-                    f"the processes of {site.name} have ended: {site.logs} says why"
-                )
+        if not _running(site):
+            raise RunFailedError(f"the processes of {site.name} have ended: {_log(site)} says why")
         time.sleep(_POLL_SECONDS)
     raise UnknownSiteError(
         f"{site.name} is not online after {_ONLINE_SECONDS:.0f} s (the SuperLink {said}): look at {_log(site)}, "
         "then run the same command again"
     )
-
-
-def _how(mode: Mode) -> str:
-    return "docker compose" if mode == "compose" else "plain processes of this user"
 
 
 def _log(site: Site) -> str:

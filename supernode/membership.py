@@ -87,7 +87,7 @@ def check(membership: Membership, site: Site, keys: Keys, fingerprint: str) -> N
         )
     try:
         authorities = x509.load_pem_x509_certificates(membership.authority.encode())
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise CertificateError("the membership's authority is not a PEM certificate") from error
     if fingerprint not in map(certificate_fingerprint, authorities):
         raise CertificateError(
@@ -110,7 +110,7 @@ def _check_certificate(
 ) -> None:
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise CertificateError(f"the membership's certificate for {role} is not PEM") from error
     peer = Peer.of(certificate)
     if (peer.federation, peer.role, peer.name) != (site.federation, role, site.name):

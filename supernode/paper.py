@@ -49,10 +49,9 @@ def accept(path: Path, fingerprint: str, directory: Path | None, say: Say) -> No
         )
     site.require(membership.federation, membership.site)
     with locked(site.directory):
-        member = is_member(site, say)
-        if not member:
+        if not is_member(site, say):
             site = become(site, membership, Keys.ensure(site), fingerprint, say)
-        bring_up(site, say, restart=not member)
+        bring_up(site, say, stop_first=site)
 
 
 def _normal(fingerprint: str) -> str:
