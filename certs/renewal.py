@@ -170,11 +170,19 @@ class _Follower:
             self._renewed(renew(self._identity, address), "renewed")
         except FleetError as error:
             self._failures += 1
-            pause = pause_before_retry(self._identity.not_after - datetime.now(UTC), self._failures)
-            # Apart from each other, should many have met the same outage.
-            seconds = pause.total_seconds() * random.uniform(0.8, 1.2)  # noqa: S311
-            self._retry_at = time.monotonic() + seconds
+            seconds = self._wait(self._failures)
             _log.warning("not renewed, tried again in %.0f s: %s", seconds, error)
+        else:
+            # A service whose clock is behind signs what is due at once.
+            self._wait(_TRIES_LEFT)
+
+    def _wait(self, failures: int) -> float:
+        """Put the next try off; return the seconds."""
+        pause = pause_before_retry(self._identity.not_after - datetime.now(UTC), failures)
+        # Apart from each other, should many have met the same outage.
+        seconds = pause.total_seconds() * random.uniform(0.8, 1.2)  # noqa: S311
+        self._retry_at = time.monotonic() + seconds
+        return seconds
 
     def _remedy(self) -> str:
         if self._address is None:

@@ -58,14 +58,7 @@ def serve(
 
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     app = create_app(state_factory=factory)
-    own_superexec = allow(
-        lambda peer: peer.role is Role.SUPEREXEC and peer.name == identity.peer.name
-    )
-    rules: dict[str, tuple[Rule, Application]] = {
-        "/v1/runtime/": (own_superexec, app),
-        RENEW_PATH: (own_superexec, forward(identity, enrolment)),
-    }
-    guard = Guard(rules, app, None)
+    guard = Guard(rules(identity, app, enrolment), app, None)
     server = mutual_tls_server(guard, identity, None)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener]}, name="runtime-api", daemon=True
@@ -104,6 +97,19 @@ def serve(
         # look alive. Its restart policy starts a fresh one.
         logging.shutdown()
         os._exit(code)
+
+
+def rules(
+    identity: Identity, app: Application, enrolment: str | None
+) -> dict[str, tuple[Rule, Application]]:
+    """Return who may ask this SuperNode for what: its site's SuperExec, for work and for its next certificate."""
+    own_superexec = allow(
+        lambda peer: peer.role is Role.SUPEREXEC and peer.name == identity.peer.name
+    )
+    return {
+        "/v1/runtime/": (own_superexec, app),
+        RENEW_PATH: (own_superexec, forward(identity, enrolment)),
+    }
 
 
 def _node_key(identity: Identity) -> ec.EllipticCurvePrivateKey:
