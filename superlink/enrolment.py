@@ -133,11 +133,13 @@ def _advertised(identity: Identity, host: str, port: int, advertise: str | None)
     """Return where the sites reach the service; raise a sentence unless its certificate is good for that."""
     if advertise is None:
         with contextlib.suppress(ValueError):
-            if ipaddress.ip_address(host).is_unspecified:
+            listening = ipaddress.ip_address(host)
+            if listening.is_unspecified:
                 raise AddressError(
                     f"listening on {host} says nothing about where the sites reach this service; "
                     "add --advertise host:port"
                 )
+            host = "localhost" if listening.is_loopback else host
         advertise = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     name, _, number = advertise.rpartition(":")
     if not name or not number.isdigit() or not 0 < int(number) < 65536:
