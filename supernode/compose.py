@@ -32,6 +32,8 @@ def start(site: Site) -> None:
 
 def stop(site: Site) -> bool:
     """Stop and remove the site's containers and networks; return whether any ran."""
+    if not place(site).exists():
+        return False
     was = running(site)
     _run(site, ["down", "--remove-orphans"], _QUERY_S)
     return was

@@ -4,6 +4,7 @@ Two containers, as in the repository's ``compose.yaml``. The SuperNode holds the
 and sees no data. The app trains: it sees the data, and has neither the site's keys nor a route but to the SuperNode.
 """
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -101,7 +102,7 @@ def write(site: Site) -> Path:
     """
     path = place(site)
     content = document(site, *_owner())
-    for directory in (site.state, site.cache, _models(site), _hub_dataset(site)):
+    for directory in (site.state, site.cache, _hub(site), _models(site), _hub_dataset(site)):
         if directory:
             make_private(directory)
     _give(site)
@@ -216,7 +217,7 @@ def _fetch(site: Site, uid: int, gid: int) -> Service:
         "entrypoint": ["/bin/sh", "-euc", _FETCH, "fetch"],
         "command": [],
         "networks": ["hub"],
-        "volumes": [_bind(_models(site).parent, "/fetched")],
+        "volumes": [_bind(_hub(site), "/fetched")],
         "mem_limit": "2g",
         "pids_limit": 256,
         "restart": "no",
@@ -256,13 +257,18 @@ def from_hub(site: Site) -> bool:
     return bool(_repository(site))
 
 
+def _hub(site: Site) -> Path:
+    """What is fetched from the hub."""
+    return site.directory / "hub"
+
+
 def _models(site: Site) -> Path:
-    return site.directory / "hub" / "models"
+    return _hub(site) / "models"
 
 
 def _hub_dataset(site: Site) -> Path | None:
     name = _repository(site)
-    return site.directory / "hub" / "datasets" / name if name else None
+    return _hub(site) / "datasets" / name if name else None
 
 
 def _this_machine(site: Site) -> list[str]:
@@ -307,9 +313,12 @@ def _give(site: Site) -> None:
         return
     uid, gid = _owner()
     try:
-        for top in (site.identity, site.superexec, site.state, site.cache, _models(site).parent):
-            for path in (top, *top.rglob("*")):
-                os.chown(path, uid, gid, follow_symlinks=False)
+        for top in (site.identity, site.superexec, site.state, site.cache, _hub(site)):
+            for path, _, files in os.walk(top):
+                for name in (path, *(os.path.join(path, file) for file in files)):
+                    # What runs already may remove a file meanwhile.
+                    with contextlib.suppress(FileNotFoundError):
+                        os.chown(name, uid, gid, follow_symlinks=False)
     except OSError as error:
         raise StorageError(
             f"{site.directory} cannot be given to user {uid}: {error.strerror}"

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -296,9 +297,11 @@ def write_unit(site: Site) -> Path:
         _UNIT.format(
             name=site.name,
             federation=site.federation,
-            path=path,
+            path=shlex.quote(str(path)),
+            place=shlex.quote(str(site.directory)),
             directory=_quoted(site.directory),
-            command=" ".join(map(_quoted, _command(site))),
+            # There a dollar would be a variable's.
+            command=" ".join(_quoted(word).replace("$", "$$") for word in _command(site)),
             hub=hub,
         ).encode(),
     )
@@ -306,14 +309,14 @@ def write_unit(site: Site) -> Path:
 
 
 def _quoted(word: object) -> str:
-    """Quote a word for a unit file (systemd.syntax(7), systemd.service(5))."""
+    """Quote a word for a unit file (systemd.syntax(7))."""
     text = str(word).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text.replace("%", "%%").replace("$", "$$")}"'
+    return f'"{text.replace("%", "%%")}"'
 
 
 _UNIT: Final = """\
 # The site {name} of the federation {federation}, from this machine's start on:
-#   vlafleet site stop --directory {directory}
+#   vlafleet site stop --directory {place}
 #   systemctl --user enable --now {path}
 #   loginctl enable-linger          # also while you are not logged in
 # What it says: journalctl --user --unit vlafleet-{name}
