@@ -140,7 +140,7 @@ def _unused(driver: Driver) -> Finding:
         return ok(_NAME, "training on the CPU, which is slow for the real model; there is no GPU")
     return warning(
         _NAME,
-        f"training on the CPU, which is slow, while {_count(driver.gpus)} ({driver.gpus[0].name}) is unused",
+        f"training on the CPU, which is slow, with {_count(driver.gpus)} ({driver.gpus[0].name}) unused",
         "Join with '--device cuda' to use it.",
     )
 

@@ -1,6 +1,7 @@
 """Each way to fail on the way to a server has its own sentence, remedy and exit code."""
 
 import re
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def test_what_keeps_tcp_from_connecting(
     def connect(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(network.socket, "create_connection", connect)
+    monkeypatch.setattr(socket, "create_connection", connect)
     failed(
         finding_of(federation, superlink(9092, "127.0.0.1")),
         rf"the SuperLink 127\.0\.0\.1:9092: no TCP connection to port 9092 of 127\.0\.0\.1: 127\.0\.0\.1 {why}",
@@ -182,14 +183,14 @@ def test_an_address_that_lets_everybody_wait(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The HTTP client tries the addresses of a name in their order."""
-    connect = network.socket.create_connection
+    connect = socket.create_connection
 
     def connect_late(address: tuple[str, int], *options: Any, **named: Any) -> object:
         if address[0] == "192.0.2.1":
             raise TimeoutError("timed out")
         return connect(address, *options, **named)
 
-    monkeypatch.setattr(network.socket, "create_connection", connect_late)
+    monkeypatch.setattr(socket, "create_connection", connect_late)
     monkeypatch.setattr(network, "_resolve", lambda *_: ["192.0.2.1", "127.0.0.1"])
     with https(federation.certificate(Role.SUPERLINK, "superlink")) as server:
         finding = finding_of(federation, superlink(server.port))
