@@ -42,7 +42,7 @@ site = typer.Typer(no_args_is_help=True, help="The federation's sites.")
 
 def duration(text: str) -> timedelta:
     """Read ``90s``, ``15m``, ``1h`` or ``2d``; raise ``ConfigError`` for anything else."""
-    match = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,4})([smhd])", text)
     if match is None:
         raise ConfigError(
             f"{text!r} is not a duration: write a number and s, m, h or d, as in '1h'"
@@ -86,7 +86,9 @@ def enrolment(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9093,
     advertise: Annotated[
         str | None,
-        typer.Option(help="Where sites reach this service (host:port), if not at localhost."),
+        typer.Option(
+            help="Where sites reach this service (host:port), if not at --host and --port."
+        ),
     ] = None,
     advertise_superlink: Annotated[
         str | None,

@@ -31,7 +31,7 @@ from certs.errors import (
     InvitationError,
     UnknownSiteError,
 )
-from certs.files import load_certificate, read, write_atomic
+from certs.files import load_certificate, write_atomic
 from certs.identity import Identity, is_issued_by
 from certs.invitation import Invitation
 from certs.lifetime import renew_at
@@ -174,7 +174,14 @@ def read_application(path: Path) -> tuple[Application, str]:
 
     Raises ``CertificateError`` for anything else.
     """
-    data = read(path, "application")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BODY_BYTES + 1)
+    except OSError as error:
+        raise CertificateError(
+            f"the application {path} cannot be read: {error.strerror}; "
+            "name the file that 'vlafleet site request' wrote"
+        ) from error
     try:
         if len(data) > MAX_BODY_BYTES:
             raise CertificateError("it is too long")

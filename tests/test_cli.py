@@ -77,7 +77,7 @@ def test_certs_from_nothing(tmp_path: Path, vlafleet: Vlafleet) -> None:
         (
             "superlink --identity {tmp}/none --state {tmp}/state",
             10,
-            "{tmp}/none/tls.crt cannot be read",
+            "{tmp}/none/tls.key cannot be read",
         ),
         (
             "superlink --identity {pki}/site/site-a --state {tmp}/state",
@@ -105,9 +105,90 @@ def test_certs_from_nothing(tmp_path: Path, vlafleet: Vlafleet) -> None:
             "needs one of role superexec",
         ),
         (
-            "site list --identity {pki}/operator/admin --superlink localhost:{free}",
+            "superlink --identity {pki}/superlink/superlink --state {tmp}/s --port {free} --audit /proc/none/a",
+            19,
+            "the audit log /proc/none/a cannot be written",
+        ),
+        (
+            "enrolment --identity {pki}/operator/admin --authority {pki}/ca --state {tmp}/s --superlink a:1",
+            10,
+            "needs one of role enrolment",
+        ),
+        (
+            "enrolment --identity {pki}/enrolment/enrolment --authority {pki}/ca --state {tmp}/s --superlink a:1 "
+            "--site-lifetime week",
+            17,
+            "'week' is not a duration: write a number and s, m, h or d",
+        ),
+        (
+            "enrolment --identity {pki}/enrolment/enrolment --authority {tmp}/none --state {tmp}/s --superlink a:1",
+            10,
+            "cannot be read",
+        ),
+        (
+            "site list --identity {pki}/operator/admin --enrolment localhost:{free}",
             15,
-            "no SuperLink of this fed",
+            "no enrolment service of this federation answers at localhost:{free}",
+        ),
+        (
+            "site list --identity {pki}/operator/admin --enrolment nowhere",
+            15,
+            "check the address, and that 'vlafleet enrolment' runs",
+        ),
+        (
+            "site list --identity {pki}/operator/admin --enrolment localhost:port",
+            15,
+            "the enrolment service at localhost:port did not answer",
+        ),
+        (
+            "site list --identity {pki}/site/site-a --enrolment localhost:{free}",
+            10,
+            "needs one of role operator",
+        ),
+        (
+            "site invite Lab_1 --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "site name 'Lab_1' is not allowed",
+        ),
+        (
+            "site invite superlink --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "a site cannot be named 'superlink'",
+        ),
+        (
+            "site invite lab-1 --valid soon --identity {pki}/operator/admin --enrolment localhost:{free}",
+            17,
+            "'soon' is not a duration",
+        ),
+        (
+            "site cancel ../lab --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "site name '../lab' is not allowed",
+        ),
+        (
+            "site revoke Lab --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "site name 'Lab' is not allowed",
+        ),
+        (
+            "site approve {tmp}/none --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "the application {tmp}/none cannot be read: No such file",
+        ),
+        (
+            "site approve {pki}/ca/ca.crt --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "is not an application to join (it is not JSON)",
+        ),
+        (
+            "site approve /dev/zero --identity {pki}/operator/admin --enrolment localhost:{free}",
+            10,
+            "is not an application to join (it is too long)",
+        ),
+        (
+            "site register lab-1 --key {pki}/ca/ca.crt --identity {pki}/operator/admin --superlink localhost:{free}",
+            10,
+            "is not an OpenSSH public key",
         ),
         (
             "run --identity {pki}/operator/admin --superlink localhost:{free}",
