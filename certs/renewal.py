@@ -82,17 +82,16 @@ def ask(identity: Identity, address: str, request: dict[str, str]) -> httpx.Resp
         ) from error
 
 
-def follow(identity: Identity, address: str | None) -> threading.Thread:
+def follow(identity: Identity, address: str | None) -> "Follower":
     """Keep the certificate of a running process current, from a daemon thread; return the thread.
 
     It renews at two thirds of the certificate's life at ``address`` (as ``renew``) until it succeeds, and loads the
     files into the process's TLS contexts whenever somebody else has changed them. Without an address it only does the
     latter.
     """
-    follower = _Follower(identity, address)
-    thread = threading.Thread(target=follower.run, name="renewal", daemon=True)
-    thread.start()
-    return thread
+    follower = Follower(identity, address)
+    follower.start()
+    return follower
 
 
 def pause_before_retry(left: timedelta, failures: int) -> timedelta:
@@ -102,10 +101,12 @@ def pause_before_retry(left: timedelta, failures: int) -> timedelta:
     return min(doubled, longest)
 
 
-class _Follower:
-    """The loop of ``follow``."""
+class Follower(threading.Thread):
+    """The thread of ``follow``."""
 
     def __init__(self, identity: Identity, address: str | None) -> None:
+        super().__init__(name="renewal", daemon=True)
+        self._over = threading.Event()
         self._address = address
         # What changed between the identity's loading and the first look is a change, too.
         self._seen: object = None
@@ -114,14 +115,20 @@ class _Follower:
         self._adopt(identity)
 
     def run(self) -> None:
-        while True:
+        """Look once a second until the process ends, or ``stop``."""
+        while not self._over.is_set():
             try:
-                self._look()
+                self.look()
             except Exception:  # noqa: BLE001  # the certificate ends where this thread does
                 _log.exception("the certificate in %s is not followed", self._identity.directory)
-            time.sleep(_LOOK_SECONDS)
+            self._over.wait(_LOOK_SECONDS)
 
-    def _look(self) -> None:
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+        self.join()
+
+    def look(self) -> None:
         """Take over what has changed, renew when it is time, warn when that is late."""
         seen = _signature(self._identity.directory)
         if seen != self._seen:
