@@ -65,7 +65,7 @@ def anonymous_context(authority_pem: str, federation: str) -> ssl.SSLContext:
     context = _Checked(ssl.PROTOCOL_TLS_CLIENT, lambda der: check_server(der, expected))
     try:
         context.load_verify_locations(cadata=authority_pem)
-    except (ssl.SSLError, ValueError) as error:
+    except (ssl.SSLError, TypeError, ValueError) as error:
         raise CertificateError(
             f"the authority of {federation!r} is not a PEM certificate: {error}"
         ) from error
@@ -115,11 +115,16 @@ def check_server(der: bytes | None, expected: Server) -> None:
     try:
         peer = Peer.of_der(der or b"")
     except (CertificateError, ValueError) as error:
-        raise ssl.SSLCertVerificationError(f"the server's certificate: {error}") from error
+        raise _unverified(f"the server's certificate: {error}") from error
     if (peer.federation, peer.role, peer.name) != expected:
-        raise ssl.SSLCertVerificationError(
+        raise _unverified(
             f"the server is {peer.uri}; expected {expected[1]} {expected[2]!r} of {expected[0]!r}"
         )
+
+
+def _unverified(sentence: str) -> ssl.SSLCertVerificationError:
+    # With a number, as OpenSSL's own: str() of it is then the sentence.
+    return ssl.SSLCertVerificationError(int(ssl.SSL_ERROR_SSL), sentence)
 
 
 class _Socket(ssl.SSLSocket):
@@ -228,7 +233,7 @@ def _server(
             return
         sentence = _unfit(der, identity, revocations)
         if sentence is not None:
-            raise ssl.SSLCertVerificationError(sentence)
+            raise _unverified(sentence)
 
     def make() -> _Checked:
         context = _Checked(ssl.PROTOCOL_TLS_SERVER, check)
@@ -247,7 +252,7 @@ def _present(context: ssl.SSLContext, identity: Identity) -> None:
         with identity.chain() as chain:
             context.load_cert_chain(chain)
         context.load_verify_locations(cadata=identity.bundle())
-    except (OSError, ssl.SSLError, ValueError) as error:
+    except (OSError, ssl.SSLError, TypeError, ValueError) as error:
         raise CertificateError(f"{identity.directory} cannot be used for TLS: {error}") from error
 
 

@@ -58,7 +58,6 @@ class PeerProtocol(HttpToolsProtocol):
         der = ssl_object.getpeercert(binary_form=True) if ssl_object else None
         self.peer = Peer.of_der(der) if der else None
         self.app_state = {**self.app_state, "peer": self.peer, "certificate": der}
-        self.waiting_since = self.loop.time()
 
     def data_received(self, data: bytes) -> None:
         """Bound what a request has beside its body."""
@@ -158,6 +157,8 @@ class Server(uvicorn.Server):
         protocol = PeerProtocol(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
+        # The handshake counts: what strangers may hold is bounded as a whole.
+        protocol.waiting_since = protocol.loop.time()
         task = asyncio.create_task(self._handshake(connection, address, protocol))
         self._handshakes[task] = protocol
         task.add_done_callback(self._handshakes.pop)

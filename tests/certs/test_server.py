@@ -1,0 +1,366 @@
+"""What the server does with connections: strangers are bounded, and who may no longer stay is cut off."""
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from certs import server
+from certs.authority import Authority
+from certs.contexts import anonymous_context, client_context, enrolment_server
+from certs.identity import (
+    Identity,
+    authority_directory,
+    ensure_federation,
+    ensure_identity,
+    identity_directory,
+)
+from certs.revocations import Revocations
+from certs.roles import Role
+from tests.serving import Serving, backdate, echo, renew, serving, wait_until
+
+Named = Callable[[Role, str], Identity]
+
+
+@pytest.fixture
+def own_pki(tmp_path: Path) -> Path:
+    """A PKI of the test's own, in which holders are revoked."""
+    for _ in ensure_federation(tmp_path / "pki", "test", ["site-a", "site-b"]):
+        pass
+    return tmp_path / "pki"
+
+
+@pytest.fixture
+def authority(own_pki: Path) -> Authority:
+    return Authority.load(authority_directory(own_pki))
+
+
+@pytest.fixture
+def own(own_pki: Path) -> Callable[[Role, str], Identity]:
+    return lambda role, name: Identity.load(identity_directory(own_pki, role, name), role)
+
+
+@pytest.fixture
+def enrolment(identity: Named) -> Identity:
+    return identity(Role.ENROLMENT, "enrolment")
+
+
+@pytest.fixture
+def stranger(enrolment: Identity) -> ssl.SSLContext:
+    return anonymous_context(enrolment.bundle(), "test")
+
+
+@contextlib.contextmanager
+def connected(running: Serving, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    """An open connection that speaks no HTTP yet."""
+    with (
+        socket.create_connection(("localhost", running.port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as tls,
+    ):
+        yield tls
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server ends the connection within the socket's time."""
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+REQUEST = b"GET /echo HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+def test_a_revoked_holder_is_cut_off_idle_or_not(authority: Authority, own: Named) -> None:
+    """Nothing is asked of the server meanwhile: an evicted site's open transfer must end all the same."""
+    superlink, leaver = own(Role.SUPERLINK, "superlink"), own(Role.SITE, "site-a")
+    revocations = Revocations(authority.crl, superlink.authority)
+    context = client_context(leaver)
+    with (
+        serving(superlink, revocations) as running,
+        connected(running, context) as idle,
+        connected(running, context) as busy,
+        running.client(own(Role.SITE, "site-b")) as other,
+    ):
+        busy.sendall(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf")
+        assert other.get("/echo").status_code == 200
+        stays = other.get("/echo").text
+        authority.revoke(Role.SITE, "site-a")
+        before = time.monotonic()
+        assert is_closed(idle)
+        assert is_closed(busy)
+        assert time.monotonic() - before < 5  # two seconds, and what a busy machine takes
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{running.url}/echo", verify=context)
+        wait_until(lambda: running.handshakes)
+        reason, sentence, address = running.handshakes[0]
+        assert (reason, address) == ("certificate", "127.0.0.1")
+        assert sentence == f"the certificate {leaver.peer.serial:x} of {leaver.peer.uri} is revoked"
+        assert other.get("/echo").text == stays
+
+
+def test_an_expired_holder_is_cut_off(
+    authority: Authority, own: Named, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = own(Role.SITE, "site-a")
+    brief = renew(site, authority, lifetime=timedelta(seconds=4))
+    context = client_context(site)
+    with serving(own(Role.SUPERLINK, "superlink")) as running:
+        with connected(running, context) as idle:
+            assert is_closed(idle)
+        assert f"name=site-a serial={brief.serial_number:x}" in caplog.text
+        assert "reason=expired" in caplog.text
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{running.url}/echo", verify=context)
+        wait_until(lambda: running.handshakes)
+        assert running.handshakes[0][0] == "not verified"
+
+
+def test_a_renewed_client_loses_no_request(
+    authority: Authority, own: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last sixth of a certificate's life answers end the connection; the next one shows the new certificate."""
+    site = own(Role.SITE, "site-a")
+    with monkeypatch.context() as patched:
+        backdate(patched, timedelta(minutes=51))
+        old = renew(site, authority, lifetime=timedelta(hours=1))
+    with serving(own(Role.SUPERLINK, "superlink")) as running, running.client(site) as client:
+        answer = client.get("/echo")
+        assert answer.headers["connection"] == "close"
+        assert answer.text == f"{old.serial_number:x} 0"
+        new = renew(site, authority)
+        for _ in range(2):
+            answer = client.get("/echo")
+            assert answer.text == f"{new.serial_number:x} 0"
+            assert "connection" not in answer.headers
+
+
+def test_a_young_certificate_keeps_its_connection(
+    authority: Authority, own: Named, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Life counts from the moment of issue: five minutes before it, where validity begins, are none of it."""
+    site = own(Role.SITE, "site-a")
+    with monkeypatch.context() as patched:
+        backdate(patched, timedelta(minutes=1))
+        renew(site, authority, lifetime=timedelta(minutes=2))
+    with serving(own(Role.SUPERLINK, "superlink")) as running, running.client(site) as client:
+        assert "connection" not in client.get("/echo").headers
+
+
+def test_strangers_reach_open_paths_only(enrolment: Identity, stranger: ssl.SSLContext) -> None:
+    with (
+        serving(enrolment, anonymous={"/open": echo}) as running,
+        httpx.Client(base_url=running.url, verify=stranger) as client,
+    ):
+        assert client.get("/open").text == "none 0"
+        for path in ("/echo", "/open/", "/open/x", "/", "/health", "/metrics"):
+            assert client.get(path).status_code == 404, path
+        refused = {one["path"]: (one["reason"], one["role"]) for one in running.refused}
+        assert refused["/echo"] == ("no certificate", "none")
+        assert refused["/open/"] == ("path", "none")
+
+
+def test_holders_reach_open_paths_too_unless_revoked(authority: Authority, own: Named) -> None:
+    enrolment, site = own(Role.ENROLMENT, "enrolment"), own(Role.SITE, "site-a")
+    revocations = Revocations(authority.crl, enrolment.authority)
+    context = client_context(site, enrolment_server("test"))
+    with serving(enrolment, revocations, anonymous={"/open": echo}) as running:
+        for path in ("/open", "/echo"):
+            url = f"{running.url}{path}"
+            assert httpx.get(url, verify=context).text == f"{site.peer.serial:x} 0"
+        authority.revoke(Role.SITE, "site-a")
+        wait_until(lambda: site.peer.serial in revocations)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{running.url}/open", verify=context)
+
+
+def test_a_foreign_certificate_is_worse_than_none(
+    enrolment: Identity, stranger: ssl.SSLContext, tmp_path: Path
+) -> None:
+    foreign = Authority.init(tmp_path / "foreign", "test")
+    ensure_identity(foreign, tmp_path / "id", Role.OPERATOR, "admin")
+    with serving(enrolment, anonymous={"/open": echo}) as running:
+        assert httpx.get(f"{running.url}/open", verify=stranger).status_code == 200
+        stranger.load_cert_chain(tmp_path / "id" / "tls.crt", tmp_path / "id" / "tls.key")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{running.url}/open", verify=stranger)
+
+
+@pytest.mark.parametrize("anonymous", [None, {"/open": echo}], ids=["members", "strangers"])
+def test_old_tls_and_plain_http_are_refused(
+    enrolment: Identity, anonymous: dict[str, object] | None
+) -> None:
+    old = ssl.create_default_context(cafile=enrolment.authority)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with serving(enrolment, anonymous=anonymous) as running:  # type: ignore[arg-type]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{running.url}/open", verify=old)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://localhost:{running.port}/open")
+        wait_until(lambda: len(running.handshakes) == 2)
+        assert [reason for reason, _, _ in running.handshakes] == ["old TLS", "plain HTTP"]
+        assert {address for _, _, address in running.handshakes} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b"",
+        b"\r\n",
+        b"POST /op",
+        b"POST /open HTTP/1.1\r\nhost: localhost\r\n",
+        b"POST /open HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf",
+        b"POST /open HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n",
+        REQUEST.replace(b"/echo", b"/open"),
+    ],
+    ids=["nothing", "blank", "line", "head", "body", "chunk", "afterwards"],
+)
+def test_a_stranger_that_dawdles_is_cut_off(
+    enrolment: Identity,
+    stranger: ssl.SSLContext,
+    opening: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It drips: every byte is progress of a kind, and none of them buys time."""
+    monkeypatch.setattr(server, "_INCOMPLETE_SECONDS", 1.0)
+    with (
+        serving(enrolment, anonymous={"/open": echo}) as running,
+        connected(running, stranger) as connection,
+    ):
+        connection.sendall(opening)
+        ended = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.1):
+                    connection.sendall(DRIP.get(opening, b"\r\n"))
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        assert is_closed(connection)
+        ended.set()
+        dripping.join()
+
+
+# What keeps each of them going without ever completing a request.
+DRIP = {
+    b"POST /op": b"e",
+    b"POST /open HTTP/1.1\r\nhost: localhost\r\n": b"x",
+}
+
+
+def test_a_request_that_is_served_may_take_longer(
+    enrolment: Identity, stranger: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_INCOMPLETE_SECONDS", 0.2)
+
+    async def slow(scope: dict[str, object], receive: object, send: object) -> None:
+        import asyncio
+
+        await asyncio.sleep(1.5)
+        await echo(scope, receive, send)  # type: ignore[arg-type]
+
+    with serving(enrolment, anonymous={"/open": slow}) as running:  # type: ignore[dict-item]
+        assert httpx.get(f"{running.url}/open", verify=stranger).text == "none 0"
+
+
+def test_a_handshake_that_never_ends(enrolment: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_INCOMPLETE_SECONDS", 0.5)
+    with (
+        serving(enrolment, anonymous={"/open": echo}) as running,
+        socket.create_connection(("localhost", running.port), timeout=20) as silent,
+    ):
+        assert is_closed(silent)
+        wait_until(lambda: running.handshakes)
+        assert running.handshakes[0][0] == "timeout"
+
+
+def test_strangers_hold_so_many_connections_and_no_more(
+    enrolment: Identity, stranger: ssl.SSLContext
+) -> None:
+    """In the middle of a handshake or after it; once one is gone there is room again."""
+    with (
+        serving(enrolment, anonymous={"/open": echo}) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        url = f"{running.url}/open"
+        held = [stack.enter_context(connected(running, stranger)) for _ in range(200)]
+        for _ in range(56):
+            plain = socket.create_connection(("localhost", running.port), timeout=20)
+            stack.enter_context(plain)
+        assert not succeeds(url, stranger)
+        wait_until(lambda: running.handshakes)
+        assert running.handshakes == [("limit", "256 connections are open", "127.0.0.1")]
+        held[0].sendall(REQUEST.replace(b"/echo", b"/open"))
+        assert b"200 OK" in held[0].recv(65536), "those who are in are served"
+        held[1].close()
+        wait_until(lambda: succeeds(url, stranger))
+
+
+def succeeds(url: str, context: ssl.SSLContext) -> bool:
+    try:
+        return httpx.get(url, verify=context).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"x" * 70_000,
+        b"GET /open HTTP/1.1\r\nx: " + b"y" * 70_000,
+        b"GET /open HTTP/1.1\r\n" + b"x: y\r\n" * 12_000,
+        b"POST /open HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: " + b"y" * 70_000,
+    ],
+    ids=["path", "header", "headers", "trailer"],
+)
+def test_the_head_of_a_request_is_bounded(
+    enrolment: Identity, stranger: ssl.SSLContext, head: bytes
+) -> None:
+    with (
+        serving(enrolment, anonymous={"/open": echo}) as running,
+        connected(running, stranger) as connection,
+    ):
+        with contextlib.suppress(OSError):
+            connection.sendall(head)
+        connection.settimeout(10)  # before a dawdler's time is up
+        assert is_closed(connection)
+
+
+def test_a_body_is_not_a_head(identity: Named) -> None:
+    superlink, site = identity(Role.SUPERLINK, "superlink"), identity(Role.SITE, "site-a")
+    body = bytes(8 << 20)
+    with serving(superlink) as running, running.client(site) as client:
+        for content in (body, (body[: 1 << 16] for _ in range(128))):
+            assert client.post("/echo", content=content).text == f"{site.peer.serial:x} {8 << 20}"
+
+
+def test_nobody_can_claim_another_address(identity: Named) -> None:
+    superlink, site = identity(Role.SUPERLINK, "superlink"), identity(Role.SITE, "site-a")
+    with serving(superlink) as running, running.client(site) as client:
+        client.get("/elsewhere", headers={"x-forwarded-for": "203.0.113.9"})
+        assert running.refused[0]["address"] == "127.0.0.1"
+
+
+def test_answers_do_not_wait_for_acknowledgements(identity: Named) -> None:
+    """With Nagle's algorithm on, each took 40 ms: the second segment waited for the peer's delayed acknowledgement."""
+    superlink, site = identity(Role.SUPERLINK, "superlink"), identity(Role.SITE, "site-a")
+    with serving(superlink) as running, running.client(site) as client:
+        client.get("/echo")
+        seconds = []
+        for _ in range(30):
+            before = time.perf_counter()
+            client.get("/echo")
+            seconds.append(time.perf_counter() - before)
+        assert sorted(seconds)[3] < 0.03
