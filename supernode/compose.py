@@ -40,11 +40,12 @@ def stop(site: Site) -> bool:
 
 
 def running(site: Site) -> bool:
-    """Whether a container of the site runs."""
+    """Whether a container of the site runs, or is started again and again."""
     if not place(site).exists():
         return False
     _require_docker()
-    return bool(_run(site, ["ps", "--quiet", "--status", "running"], _QUERY_S).strip())
+    states = ["--status", "running", "--status", "restarting"]
+    return bool(_run(site, ["ps", "--quiet", *states], _QUERY_S).strip())
 
 
 def check_command(site: Site) -> list[str]:
