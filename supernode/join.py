@@ -56,6 +56,7 @@ def join(site: Site, invitation: Invitation, say: Say) -> None:
     with locked(site.directory):
         if member and known is not None:
             site = with_addresses(site, known)
+            forget(site)
         else:
             if known is not None and known.mode != site.mode:
                 stop(known)
@@ -104,6 +105,9 @@ def _become_member(site: Site, invitation: Invitation, existed: bool, say: Say) 
 
 def _kept(site: Site, keys: Keys, fingerprint: str) -> Membership | None:
     """Return the membership that an interrupted join was given for these keys and did not get to store."""
+    known = Site.find(site.directory)
+    if known is not None and known.superlink and identities(site) is not None:
+        forget(site)  # stored, and refused since
     membership = kept(site)
     with contextlib.suppress(CertificateError):
         if membership is not None:
