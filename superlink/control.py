@@ -147,8 +147,8 @@ class Control:
             names = {node.name for node in nodes}
             if unknown := sorted(set(sites) - names):
                 raise UnknownSiteError(
-                    f"site {unknown[0]!r} is not registered at {self._address}; register it with "
-                    "'vlafleet site register'"
+                    f"site {unknown[0]!r} is not registered at {self._address}; invite it with "
+                    "'vlafleet site invite'"
                 )
             wanted = set(sites) or names
             missing = wanted - {node.name for node in nodes if node.status == "online"}

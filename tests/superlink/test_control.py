@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -12,10 +13,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from certs.authority import Authority
 from certs.contexts import client_context
 from certs.errors import CertificateError, ConnectionRefusedByFleetError
-from certs.identity import Identity
-from certs.roles import ENROLMENT_NAME, Role
+from certs.files import pem_certificate
+from certs.identity import Identity, authority_directory, store_identity
+from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
 from superlink.control import Control, run_request
 from tests.federation import Running, node_header, running_superlink
 
@@ -139,3 +142,24 @@ def test_runs_are_audited(running: Running, tmp_path: Path) -> None:
         assert (line["role"], line["name"]) == ("operator", "admin")
         assert line["serial"] == f"{operator.peer.serial:x}"
         assert line["address"] in {"127.0.0.1", "::1"}
+
+
+def test_the_expiry_that_is_watched_follows_the_certificate(running: Running) -> None:
+    own = running.identity(Role.SUPERLINK, SUPERLINK_NAME)
+    authority = Authority.load(authority_directory(running.pki))
+    key = ec.generate_private_key(ec.SECP256R1())
+    for days in (3, 5):
+        certificate = authority.issue(
+            *(key.public_key(), Role.SUPERLINK, SUPERLINK_NAME),
+            hosts=["localhost"],
+            lifetime=timedelta(days=days),
+        )
+        store_identity(own, key, pem_certificate(certificate).decode(), authority.bundle.decode())
+        answer = running.ask("/metrics", running.identity(Role.MONITOR, "prometheus"), method="GET")
+        (line,) = [
+            line
+            for line in answer.body.decode().splitlines()
+            if line.startswith("vlafleet_certificate_expiry_timestamp_seconds{")
+        ]
+        assert 'role="superlink"' in line
+        assert float(line.split()[-1]) == certificate.not_valid_after_utc.timestamp()
