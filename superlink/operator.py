@@ -23,6 +23,7 @@ from certs.enrolment import (
     Application,
     Membership,
     certificate_fingerprint,
+    keys_fingerprint,
 )
 from certs.errors import (
     CertificateError,
@@ -37,7 +38,6 @@ from certs.invitation import Invitation
 from certs.lifetime import renew_at
 from certs.renewal import renew
 from certs.roles import Role, checked_site
-from superlink.members import Candidate
 
 _log = logging.getLogger("vlafleet.operator")
 
@@ -186,7 +186,7 @@ def read_application(path: Path) -> tuple[Application, str]:
         if len(data) > MAX_BODY_BYTES:
             raise CertificateError("it is too long")
         application = Application.from_json(json.loads(data))
-        fingerprint = Candidate(application.site, *application.keys()).fingerprint
+        fingerprint = keys_fingerprint(*application.keys())
     except (ValueError, CertificateError) as error:
         what = error if isinstance(error, CertificateError) else "it is not JSON"
         raise CertificateError(

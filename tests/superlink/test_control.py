@@ -48,7 +48,7 @@ def new_key() -> ec.EllipticCurvePublicKey:
     return ec.generate_private_key(ec.SECP256R1()).public_key()
 
 
-def test_a_key_is_registered_once_and_never_again(control: Control) -> None:
+def test_a_key_is_registered_once_and_never_again(running: Running, control: Control) -> None:
     key = new_key()
     assert control.register_key("site-c", key) == "registered"
     assert control.register_key("site-c", key) == "kept"
@@ -64,6 +64,16 @@ def test_a_key_is_registered_once_and_never_again(control: Control) -> None:
     (gone,) = [node for node in control.every_node() if node.name == "site-c"]
     assert gone.status == "unregistered"
     assert gone.node_id == node.node_id
+    # The ServerApp takes it from there that a site was revoked.
+    told = running.ask("/v1/sites", running.identity(Role.SITE, "site-a"), method="GET")
+    assert {site["name"] for site in json.loads(told.body)["sites"]} == {"site-a"}
+    told = running.ask("/v1/sites", running.identity(Role.SUPEREXEC, SUPERLINK_NAME), method="GET")
+    assert {
+        "name": "site-c",
+        "node_id": str(node.node_id),
+        "status": "unregistered",
+        "last_heartbeat": None,
+    } in json.loads(told.body)["sites"]
     with pytest.raises(CertificateError, match="never takes such a key again"):
         control.register_key("site-c", key)
     assert control.register_key("site-c", new_key()) == "registered"
