@@ -78,6 +78,33 @@ def test_plain_http_is_refused_at_the_client(
         ProtobufClient("http://localhost:1")
 
 
+def test_clients_present_the_certificate_that_the_files_hold_now(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of Flower's lives as long as its process, its certificate a week."""
+    from flwr.supercore.protobuf.client import ProtobufClient
+
+    from certs.flower import install_client
+    from certs.roles import Role
+    from tests.renewing import Fleet
+    from tests.serving import renew, serving
+
+    fleet = Fleet.make(tmp_path)
+    site = fleet.identity(Role.SITE, "site-a")
+    monkeypatch.setattr(ProtobufClient, "__init__", ProtobufClient.__init__)
+    install_client(site)
+    with serving(fleet.identity(Role.SUPERLINK, "superlink")) as running:
+        http = ProtobufClient(running.url)._client
+        with http:
+            answers = [http.get(f"{running.url}/echo").text]
+            renewed = renew(site, fleet.authority)
+            # What is open stays; the server ends it when the old certificate is about to end.
+            answers.append(http.get(f"{running.url}/echo", headers={"connection": "close"}).text)
+            answers.append(http.get(f"{running.url}/echo").text)
+    old, new = f"{site.peer.serial:x} 0", f"{renewed.serial_number:x} 0"
+    assert answers == [old, old, new]
+
+
 def test_command_hook_holds() -> None:
     from flwr.supercore import constant
     from flwr.supercore.superexec.executor import subprocess_executor
