@@ -1,5 +1,7 @@
 """Who the running SuperLink refuses: everybody without the right certificate on the right path."""
 
+import contextlib
+import http.client
 import shutil
 import ssl
 import time
@@ -28,6 +30,16 @@ pytestmark = pytest.mark.federation
 # Which role may use which API; every other pair must be refused.
 ALLOWED = {"fleet": Role.SITE, "control": Role.OPERATOR, "runtime": Role.SUPEREXEC}
 
+# The enrolment service admits and evicts sites, and does nothing else with Flower.
+REGISTRATION = {f"/v1/control/{name}-node" for name in ("register", "unregister")}
+REGISTRATION.add("/v1/control/list-nodes")
+# Paths of our own beside Flower's.
+OWN = {
+    "/v1/link": {Role.SITE},
+    "/v1/crl": {Role.ENROLMENT},
+    "/v1/sites": {Role.SITE, Role.SUPEREXEC, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT},
+}
+
 
 def api_paths() -> list[str]:
     """Every path Flower serves, its documentation among them."""
@@ -54,12 +66,15 @@ def test_the_right_roles_pass(superlink: Running) -> None:
         "health": superlink.ask(
             "/health", superlink.identity(Role.SUPERLINK, "superlink"), method="GET"
         ),
+        "registration": superlink.ask(
+            "/v1/control/list-nodes", superlink.identity(Role.ENROLMENT, "enrolment")
+        ),
     }
     for api, answer in answers.items():
         assert answer.status is not None, f"{api}: {answer.error}"
         assert not answer.refused, f"{api}: {answer}"
     assert answers["metrics"].status == answers["health"].status == 200
-    assert b'vlafleet_site_online{site="site-a"} 0.0' in answers["metrics"].body
+    assert b'vlafleet_site_online{site="site-b"} 0.0' in answers["metrics"].body
 
 
 def self_signed(superlink: Running, directory: Path) -> Path:
@@ -151,8 +166,9 @@ def test_every_wrong_role_on_every_path(superlink: Running) -> None:
         Role.SUPEREXEC: superlink.identity(Role.SUPEREXEC, "superlink"),
         Role.MONITOR: superlink.identity(Role.MONITOR, "prometheus"),
         Role.SUPERLINK: superlink.identity(Role.SUPERLINK, "superlink"),
+        Role.ENROLMENT: superlink.identity(Role.ENROLMENT, "enrolment"),
     }
-    paths = api_paths()
+    paths = [*api_paths(), *OWN]
     for expected in (
         "/docs",
         "/openapi.json",
@@ -166,6 +182,8 @@ def test_every_wrong_role_on_every_path(superlink: Running) -> None:
         for role, identity in holders.items():
             allowed = ALLOWED.get(api or "") is role
             allowed |= path == "/health" and role in {Role.SUPERLINK, Role.MONITOR}
+            allowed |= path in REGISTRATION and role is Role.ENROLMENT
+            allowed = role in OWN[path] if path in OWN else allowed
             if allowed:
                 continue
             method = "POST" if api else "GET"
@@ -228,35 +246,42 @@ def test_another_federation(superlink: Running, tmp_path: Path) -> None:
 
 
 def test_revocation_is_live_and_cuts_open_connections(superlink: Running, tmp_path: Path) -> None:
+    """The one that asks meets a refusal or the end of its connection, the one that is idle the end of it."""
     authority = Authority.load(authority_directory(superlink.pki))
     ensure_identity(authority, tmp_path / "id", Role.OPERATOR, "leaver")
     tls = context(superlink.authority, tmp_path / "id")
-    import http.client
-
-    open_connection = http.client.HTTPSConnection(
-        "localhost", superlink.port, timeout=20, context=tls
+    asking, idle = (
+        http.client.HTTPSConnection("localhost", superlink.port, timeout=20, context=tls)
+        for _ in range(2)
     )
 
-    def status() -> int:
-        open_connection.request(
-            "POST", "/v1/control/list-nodes", headers={"content-type": "application/x-protobuf"}
-        )
-        response = open_connection.getresponse()
-        response.read()
-        return response.status
+    def is_served(connection: http.client.HTTPSConnection) -> bool:
+        headers = {"content-type": "application/x-protobuf"}
+        try:
+            connection.request("POST", "/v1/control/list-nodes", headers=headers)
+            response = connection.getresponse()
+            response.read()
+        except (OSError, http.client.HTTPException):
+            return False
+        return response.status != 404
 
-    assert status() != 404
-    authority.revoke(Role.OPERATOR, "leaver")
-    publish_crl(superlink.pki, authority)
-    deadline = time.monotonic() + 10
-    while (answer := status()) != 404:
-        assert time.monotonic() < deadline, f"still answered {answer} 10 s after the revocation"
-        time.sleep(0.2)
-    open_connection.close()
+    with contextlib.closing(asking), contextlib.closing(idle):
+        assert is_served(asking)
+        idle.connect()
+        authority.revoke(Role.OPERATOR, "leaver")
+        publish_crl(superlink.pki, authority)
+        deadline = time.monotonic() + 10
+        while is_served(asking):
+            assert time.monotonic() < deadline, "still answered 10 s after the revocation"
+            time.sleep(0.2)
+        # A reset will do; TimeoutError, when it stays open, is another class.
+        with contextlib.suppress(ConnectionError):
+            assert idle.sock.recv(1) == b""
     assert superlink.ask("/v1/control/list-nodes", tmp_path / "id").refused_by_tls
     assert not superlink.ask(
         "/v1/control/list-nodes", superlink.identity(Role.OPERATOR, "admin")
     ).refused
+    assert "name=leaver" in superlink.log.read_text()
 
 
 def test_refusals_are_counted(superlink: Running) -> None:

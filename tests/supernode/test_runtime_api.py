@@ -70,16 +70,33 @@ def test_anonymous_and_plain_http_are_refused(
     assert ask(supernode, path, None).refused_by_tls
 
 
-def test_a_site_cannot_pose_as_the_superlink(
-    superlink: Running, supernode: int, vlafleet: Vlafleet
+@pytest.mark.parametrize(
+    ("command", "option", "expected"),
+    [
+        (("site", "register", "site-a", "--key", "{key}"), "--superlink", "superlink 'superlink'"),
+        (("site", "list"), "--enrolment", "enrolment 'enrolment'"),
+        (("site", "invite", "site-c"), "--enrolment", "enrolment 'enrolment'"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_a_site_cannot_pose_as_a_server_of_the_federation(
+    superlink: Running,
+    supernode: int,
+    vlafleet: Vlafleet,
+    command: tuple[str, ...],
+    option: str,
+    expected: str,
 ) -> None:
     """Its certificate also serves the Runtime API; a client that is led there must notice the role."""
+    key = superlink.identity(Role.SITE, "site-a") / "node.pub"
     done = vlafleet(
-        *("site", "list", "--identity", superlink.identity(Role.OPERATOR, "admin")),
-        *("--superlink", f"localhost:{supernode}"),
+        *(word.format(key=key) for word in command),
+        *("--identity", superlink.identity(Role.OPERATOR, "admin")),
+        *(option, f"localhost:{supernode}"),
     )
     assert done.returncode == 15
-    assert "the server is spiffe://test/site/site-a; expected superlink 'superlink'" in done.stderr
+    assert f"the server is spiffe://test/site/site-a; expected {expected}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_port_in_use(superlink: Running, supernode: int, vlafleet: Vlafleet) -> None:
