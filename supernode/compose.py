@@ -2,8 +2,9 @@
 
 import re
 import subprocess
+from typing import Final
 
-from certs.errors import RunFailedError, ToolError
+from certs.errors import ConnectionRefusedByFleetError, RunFailedError, ToolError
 from supernode.compose_file import dataset, device, from_hub, place, write
 from supernode.site import Site
 
@@ -15,14 +16,28 @@ _COMPOSE_MIN = (2, 26)
 _START_S = 180
 _QUERY_S = 60
 
+# Run in the SuperNode's container, with the addresses it has to reach.
+_REACH: Final = f"""
+import socket, sys
+for address in sys.argv[1:]:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 10).close()
+    except OSError as error:
+        print(f"{{address}} ({{error}})")
+        sys.exit({ConnectionRefusedByFleetError.exit_code})
+"""
+
 
 def start(site: Site) -> None:
     """Start the site's containers and return when both are healthy.
 
-    Raises ``ToolError`` when docker or its compose plugin is missing, too old or without an engine, ``RunFailedError``
-    with its last line when the containers do not come up.
+    Raises ``ToolError`` when docker or its compose plugin is missing, too old or without an engine,
+    ``ConnectionRefusedByFleetError`` when a container does not reach the federation, ``RunFailedError`` with compose's
+    last line when the containers do not come up.
     """
     _require_docker()
+    _require_reach(site)
     options = ["--detach", "--remove-orphans", "--wait", "--wait-timeout", str(_START_S)]
     if from_hub(site):
         # First and without a limit: it may be gigabytes.
@@ -61,19 +76,45 @@ def _compose(site: Site) -> list[str]:
 
 
 def _run(site: Site, arguments: list[str], seconds: float | None) -> str:
-    """Run compose on the site's file and return what it printed."""
+    """Run compose on the site's file and return what it printed; raise what it failed with."""
+    done = _call(site, arguments, seconds)
+    if done.returncode:
+        command = " ".join(done.args)
+        raise RunFailedError(f"'{command}' failed: {_last(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def _call(
+    site: Site, arguments: list[str], seconds: float | None
+) -> subprocess.CompletedProcess[str]:
     command = [*_compose(site), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except OSError as error:
         raise ToolError(
             f"docker cannot be run ({error.strerror}): install it, or join with --native"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise RunFailedError(f"'{' '.join(command)}' did not end within {seconds:g} s") from error
+
+
+def _require_reach(site: Site) -> None:
+    """Raise ``ConnectionRefusedByFleetError`` unless the SuperNode's container reaches both addresses.
+
+    What this machine reaches a container may not: another resolver, a firewall, a server on loopback alone.
+    """
+    once = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "python", "supernode"]
+    addresses = [site.superlink, site.enrolment]
+    done = _call(site, [*once, "-c", _REACH, *addresses], _QUERY_S)
+    if done.returncode == ConnectionRefusedByFleetError.exit_code:
+        raise ConnectionRefusedByFleetError(
+            f"a container of this machine does not reach {_last(done.stdout)}: let the server listen on the machine's "
+            "address (--host), let containers out, or join with --native"
+        )
     if done.returncode:
-        raise RunFailedError(f"'{' '.join(command)}' failed: {_last(done.stderr or done.stdout)}")
-    return done.stdout
+        raise RunFailedError(
+            f"a container of the SuperNode cannot be started: {_last(done.stderr or done.stdout)}"
+        )
 
 
 def _require_docker() -> None:

@@ -2,15 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from certs.errors import RunFailedError
+from certs.errors import ConnectionRefusedByFleetError, RunFailedError
 from supernode import compose
 from supernode.site import Site
 from tests.docker.compose_project import docker
@@ -125,13 +126,28 @@ def test_containers_read_and_write_what_is_theirs(images: None, site: Site) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_start_that_does_not_come_up_says_so_and_a_stop_leaves_nothing(
-    images: None, site: Site, monkeypatch: pytest.MonkeyPatch
+    images: None,
+    site: Site,
+    free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compose, "_START_S", 5)
     compose.write(site)
+    # On loopback this machine reaches it, and a container does not.
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        local = replace(site, superlink=address, enrolment=address)
+        compose.write(local)
+        with pytest.raises(ConnectionRefusedByFleetError, match=f"does not reach {address} "):
+            compose.start(local)
     assert compose.running(site) is False
-    with pytest.raises(RunFailedError, match=r"compose\.yaml up .* failed: "):
-        compose.start(site)
+    with socket.create_server(("0.0.0.0", free_port())) as server:  # noqa: S104
+        address = f"localhost:{server.getsockname()[1]}"
+        local = replace(site, superlink=address, enrolment=address)
+        compose.write(local)
+        # The container gets that far; its certificate is missing.
+        with pytest.raises(RunFailedError, match=r"compose\.yaml up .* failed: "):
+            compose.start(local)
     assert compose.running(site) is True
     assert compose.stop(site) is True
     label = f"label=com.docker.compose.project=vlafleet-{site.name}"

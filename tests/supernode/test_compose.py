@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from certs.errors import ConfigError, RunFailedError, ToolError
+from certs.errors import ConfigError, ConnectionRefusedByFleetError, RunFailedError, ToolError
 from supernode import compose, compose_file
 from supernode.site import Site
 
@@ -229,10 +229,30 @@ def test_a_start_that_fails_says_composes_last_line(
 ) -> None:
     compose.write(site)
     docker(
-        'case "$*" in *version*) echo 2.40.0;; '
+        'case "$*" in *version*) echo 2.40.0;; *" run "*) ;; '
         "*) echo starting >&2; echo 'container app is unhealthy' >&2; exit 1;; esac"
     )
     with pytest.raises(RunFailedError, match=r"up --detach .* failed: container app is unhealthy$"):
+        compose.start(site)
+
+
+def test_a_federation_that_containers_do_not_reach_is_one_sentence(
+    site: Site, docker: Callable[[str], None]
+) -> None:
+    compose.write(site)
+    docker(
+        'case "$*" in *version*) echo 2.40.0;; *" run "*) echo \'fed.example:9092 (refused)\'; exit 15;; '
+        "*) exit 1;; esac"
+    )
+    with pytest.raises(
+        ConnectionRefusedByFleetError,
+        match=r"does not reach fed\.example:9092 \(refused\): let the",
+    ):
+        compose.start(site)
+    docker(
+        "case \"$*\" in *version*) echo 2.40.0;; *) echo 'pull access denied' >&2; exit 1;; esac"
+    )
+    with pytest.raises(RunFailedError, match="cannot be started: pull access denied"):
         compose.start(site)
 
 
