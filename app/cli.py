@@ -1,12 +1,12 @@
 """``vlafleet superexec``, ``vlafleet trainer`` and ``vlafleet data check``."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from app.config import RunConfig
-from certs.cli import IdentityOption
+from certs.cli import EnrolmentOption, IdentityOption
 from certs.errors import DatasetError
 from certs.identity import Identity
 from certs.roles import Role
@@ -15,11 +15,12 @@ from certs.roles import Role
 def superexec(
     identity: IdentityOption,
     address: Annotated[str, typer.Option(help="The Runtime API, host:port.")],
+    enrolment: EnrolmentOption = None,
 ) -> None:
     """Run a SuperExec: it starts the ServerApp (at the SuperLink) or the ClientApp (at a site)."""
     from app.superexec import serve
 
-    serve(Identity.load(identity, Role.SUPEREXEC), address)
+    serve(Identity.load(identity, Role.SUPEREXEC), address, enrolment)
 
 
 def trainer(
@@ -34,24 +35,44 @@ def trainer(
 def check(
     uri: Annotated[str, typer.Argument(help="A directory or hf:owner/name, each #episodes=A:B.")],
     held_out: Annotated[
-        float, typer.Option(help="The share of episodes that a run holds out.")
-    ] = RunConfig.held_out,
-    seed: Annotated[int, typer.Option(help="The run's seed.")] = RunConfig.seed,
+        float | None,
+        typer.Option(
+            help="The share of episodes that a run holds out; by default the run config's."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The run's seed; by default the run config's.")
+    ] = None,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option("--run-config", "-c", help="The run's settings, 'key=value key=value'."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the site would train: cpu, cuda, cuda:0.")
+    ] = "cpu",
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, with what a run would take here."),
+    ] = False,
 ) -> None:
     """Look for all that would stop or spoil training on a dataset."""
-    from app.dataset import open_dataset
-    from app.preflight import check as findings_of
+    given = {"held-out": held_out, "seed": seed}
+    if as_json:
+        from app.check import report
 
-    config = RunConfig.parse({"held-out": held_out, "seed": seed})
-    dataset = open_dataset(uri, held_out=config.held_out, seed=config.seed)
-    findings = findings_of(dataset)
+        found = report(uri, run_config or [], given, device)
+        print(json.dumps(found))
+        raise typer.Exit(found["exit_code"])
+    from app.check import findings_of, settings, summary
+
+    dataset, findings = findings_of(uri, settings(run_config or [], given))
     for finding in findings:
         print(finding)
     if findings:
         raise DatasetError(f"dataset {uri} is not fit for training: see the {len(findings)} above.")
-    train, held = len(dataset.train_episodes), len(dataset.held_out_episodes)
+    found = summary(dataset)
     print(
-        f"{uri} is fit for training: {train} episodes to train on and {held} held out, "
-        f"{dataset.frames(dataset.episodes)} frames at {dataset.fps} a second, "
-        f"cameras {', '.join(camera.rsplit('.', 1)[-1] for camera in dataset.cameras)}."
+        f"{uri} is fit for training: {len(dataset.train_episodes)} episodes to train on and "
+        f"{found['held_out_episodes']} held out, {found['frames']} frames at {found['fps']} a second, "
+        f"cameras {', '.join(found['cameras'])}."
     )

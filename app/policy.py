@@ -59,7 +59,7 @@ def resolve_model(name: str, models: Path) -> Path:
             "nor 'hf:owner/name'."
         )
     _check(base)
-    _vlm(base, online=name.startswith("hf:"))
+    vlm_directory(base, online=name.startswith("hf:"))
     return base
 
 
@@ -105,7 +105,7 @@ def load_policy(base: Path, device: str) -> "SmolVLAPolicy":
         cli_overrides=[
             # The policy's file holds the VLM's weights: loading them from the VLM too would only be overwritten.
             "--load_vlm_weights=false",
-            f"--vlm_model_name={_vlm(base, online=False)}",
+            f"--vlm_model_name={vlm_directory(base, online=False)}",
             # Fixed by the wire format: the VLM stays at home, all the rest travels.
             "--train_expert_only=true",
             "--freeze_vision_encoder=true",
@@ -215,7 +215,7 @@ def vlm_beside(base: Path) -> Path | None:
     return beside.resolve() if (beside / "config.json").is_file() else None
 
 
-def _vlm(base: Path, *, online: bool) -> Path:
+def vlm_directory(base: Path, *, online: bool) -> Path:
     """The directory with the VLM's configuration and processor: beside the base, as config.json says, or cached."""
     if beside := vlm_beside(base):
         return beside

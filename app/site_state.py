@@ -38,8 +38,8 @@ SCHEMA = 1
 INDEX = "index.json"
 # Held by the process that writes; the kernel releases it when that process ends.
 _LOCK = ".lock"
-# This run's, and the one before it should that be resumed. SmolVLA's is up to 2.8 GB: the model
-# (0.4 GB), and twice its moments (0.8 GB) and residual (0.4 GB).
+# This run's, and the one before it should that be resumed. SmolVLA's is up to 2.8 GB each: the
+# model (0.4 GB), and twice its moments (0.8 GB) and residual (0.4 GB).
 _LINEAGES = 2
 # A round that is done again starts from the state before the one it replaces.
 _STATES = 2
@@ -80,6 +80,16 @@ class _Index:
     def files(self) -> set[str]:
         found = [self.model, *(name for s in self.states for name in (s.optimizer, s.residual))]
         return {name for name in found if name}
+
+
+def most_bytes(values: int, *, moments: bool, residual: bool) -> int:
+    """The most that a site's state takes on disk for a model of so many trained values, in float32.
+
+    The model, and in each of the states the optimiser's two moments and the residual, where the run keeps them; for
+    this run and the one before it, and for a state that is being written.
+    """
+    state = values * 4 * (2 * moments + residual)
+    return _LINEAGES * (values * 4 + _STATES * state) + state
 
 
 class SiteState:

@@ -118,16 +118,24 @@ def renew(
             help="The enrolment service, or for a site's SuperExec its SuperNode, host:port.",
         ),
     ],
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Keep it renewed until this command is ended."),
+    ] = False,
 ) -> None:
     """Renew an identity that is past two thirds of its life, under a new key; processes that use it follow."""
-    from certs.renewal import renew as renew_now
+    from certs import renewal
 
     identity = Identity.load(directory, *Role)
+    if follow:
+        # For a process that cannot renew its own, Prometheus say.
+        renewal.follow(identity, enrolment).join()
+        return
     due = renew_at(load_certificate(identity.certificate))
     if datetime.now(UTC) < due:
         typer.echo(f"kept: {identity.peer.uri} is not due before {due:%Y-%m-%d %H:%M} UTC")
         return
-    renewed = renew_now(identity, enrolment)
+    renewed = renewal.renew(identity, enrolment)
     typer.echo(f"renewed: {renewed.peer.uri} until {renewed.not_after:%Y-%m-%d %H:%M} UTC")
 
 
