@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -58,10 +57,10 @@ def run(directory: Path) -> NoReturn:
     # What no restart would mend is said at once.
     peer = Identity.load(site.identity, Role.SITE).peer
     Identity.load(site.superexec, Role.SUPEREXEC)
-    with _held(site.directory):
-        _log.info("site %s: process %d, logs in %s", site.name, os.getpid(), site.logs)
-        _Supervisor(site, peer).run()
-        _log.info("site %s: stopped", site.name)
+    _hold(site.directory)
+    _log.info("site %s: process %d, logs in %s", site.name, os.getpid(), site.logs)
+    _Supervisor(site, peer).run()
+    _log.info("site %s: stopped", site.name)
     sys.exit(0)
 
 
@@ -245,31 +244,29 @@ def _free_port(directory: Path) -> int:
     raise RunFailedError("no port of 127.0.0.1 is free")
 
 
-@contextlib.contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Be the one process that runs the site; the kernel frees the lock, however this process ends."""
+def _hold(directory: Path) -> None:
+    """Be the one process that runs the site, until it ends: then, however that comes, the kernel frees the lock."""
     path = directory / _HOLDER
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StorageError(f"{path} cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "r+") as file:
-        deadline = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise StorageError(
-                        f"the site in {directory} runs already (process {file.read().strip()}): "
-                        f"end it with 'vlafleet site stop --directory {directory}'"
-                    ) from error
-                time.sleep(0.02)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                holder = os.read(lock, 32).decode().strip()
+                os.close(lock)
+                raise StorageError(
+                    f"the site in {directory} runs already (process {holder}): "
+                    f"end it with 'vlafleet site stop --directory {directory}'"
+                ) from error
+            time.sleep(0.02)
+    os.truncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
 
 
 def _holder(directory: Path) -> int | None:
