@@ -1,6 +1,8 @@
 """What the server does with connections: strangers are bounded, and who may no longer stay is cut off."""
 
+import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 import threading
@@ -15,6 +17,7 @@ import pytest
 from certs import server
 from certs.authority import Authority
 from certs.contexts import anonymous_context, client_context, enrolment_server
+from certs.guard import Application, Receive, Scope, Send
 from certs.identity import (
     Identity,
     authority_directory,
@@ -199,11 +202,11 @@ def test_a_foreign_certificate_is_worse_than_none(
 
 @pytest.mark.parametrize("anonymous", [None, {"/open": echo}], ids=["members", "strangers"])
 def test_old_tls_and_plain_http_are_refused(
-    enrolment: Identity, anonymous: dict[str, object] | None
+    enrolment: Identity, anonymous: dict[str, Application] | None
 ) -> None:
     old = ssl.create_default_context(cafile=enrolment.authority)
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with serving(enrolment, anonymous=anonymous) as running:  # type: ignore[arg-type]
+    with serving(enrolment, anonymous=anonymous) as running:
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{running.url}/open", verify=old)
         with pytest.raises(httpx.TransportError):
@@ -265,13 +268,11 @@ def test_a_request_that_is_served_may_take_longer(
 ) -> None:
     monkeypatch.setattr(server, "_INCOMPLETE_SECONDS", 0.2)
 
-    async def slow(scope: dict[str, object], receive: object, send: object) -> None:
-        import asyncio
-
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1.5)
-        await echo(scope, receive, send)  # type: ignore[arg-type]
+        await echo(scope, receive, send)
 
-    with serving(enrolment, anonymous={"/open": slow}) as running:  # type: ignore[dict-item]
+    with serving(enrolment, anonymous={"/open": slow}) as running:
         assert httpx.get(f"{running.url}/open", verify=stranger).text == "none 0"
 
 
@@ -344,6 +345,47 @@ def test_a_body_is_not_a_head(identity: Named) -> None:
     with serving(superlink) as running, running.client(site) as client:
         for content in (body, (body[: 1 << 16] for _ in range(128))):
             assert client.post("/echo", content=content).text == f"{site.peer.serial:x} {8 << 20}"
+
+
+def test_an_application_gets_the_certificate(
+    enrolment: Identity, stranger: ssl.SSLContext, identity: Named
+) -> None:
+    seen: list[object] = []
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["state"]["certificate"])
+        await echo(scope, receive, send)
+
+    site = identity(Role.SITE, "site-a")
+    with serving(enrolment, anonymous={"/open": look}) as running:
+        for context in (stranger, client_context(site, enrolment_server("test"))):
+            httpx.get(f"{running.url}/open", verify=context)
+    pem = site.certificate.read_text()
+    assert seen == [None, ssl.PEM_cert_to_DER_cert(pem)]
+
+
+def test_a_server_that_runs_out_of_files_goes_on_later(
+    identity: Named, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "_ACCEPT_PAUSE_SECONDS", 0.1)
+    accept = asyncio.SelectorEventLoop.sock_accept
+    failures = [OSError(errno.EMFILE, "Too many open files")] * 2
+
+    async def scarce(
+        loop: asyncio.SelectorEventLoop, listener: socket.socket
+    ) -> tuple[socket.socket, object]:
+        if failures:
+            raise failures.pop()
+        return await accept(loop, listener)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_accept", scarce)
+    site = identity(Role.SITE, "site-a")
+    with (
+        serving(identity(Role.SUPERLINK, "superlink")) as running,
+        running.client(site) as client,
+    ):
+        assert client.get("/echo").text == f"{site.peer.serial:x} 0"
+    assert caplog.text.count("cannot accept a connection: [Errno 24] Too many open files") == 2
 
 
 def test_nobody_can_claim_another_address(identity: Named) -> None:
