@@ -91,11 +91,14 @@ class Report:
         """Raise the first fail's ``FleetError``."""
         for each in self.findings:
             if each.level == "fail":
-                # The remedy is a sentence of its own; an error goes on with it after a colon.
-                remedy = each.remedy or ""
-                raise (error_of(each.exit_code) or FleetError)(
-                    f"{each.sentence}: {remedy[:1].lower()}{remedy[1:]}"
-                )
+                raise (error_of(each.exit_code) or FleetError)(_said(each))
+
+
+def _said(finding: Finding) -> str:
+    """Return sentence and remedy in one; the app's own sentences end with what to do, and a full stop."""
+    if finding.remedy is None or finding.sentence.endswith("."):
+        return finding.sentence
+    return f"{finding.sentence}: {finding.remedy[0].lower()}{finding.remedy[1:]}"
 
 
 def error_of(code: int) -> type[FleetError] | None:
