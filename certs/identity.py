@@ -110,6 +110,10 @@ class Identity:
         """Return the authorities that are trusted now."""
         return _read(self.directory).authorities()
 
+    def version(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Tell what the files hold now from what they held before, without reading them."""
+        return tuple(map(_stat, (self.key, self.certificate, self.authority)))
+
     @contextlib.contextmanager
     def chain(self) -> Iterator[str]:
         """Lend a file that holds the certificate and its key, for ``SSLContext.load_cert_chain``.
@@ -200,9 +204,9 @@ def _apply(new: _Files) -> None:
     sync_directory(new.directory)
 
 
-def _finish(directory: Path) -> None:
+def _finish(directory: Path, flags: int = 0) -> None:
     """Finish a replacement that was interrupted."""
-    with _locked(directory):
+    with _locked(directory, flags):
         recorded = _recorded(directory)
         if recorded is not None:
             _apply(recorded)
@@ -234,8 +238,9 @@ def _read(directory: Path) -> _Files:
         )
     # Only the owner's: what root or another user put in place, the owner could not read.
     if directory.stat().st_uid == os.geteuid():
-        with contextlib.suppress(CertificateError, OSError):  # a read-only mount
-            _finish(directory)
+        # A read-only mount, or the one who replaces it is at work.
+        with contextlib.suppress(CertificateError, OSError):
+            _finish(directory, fcntl.LOCK_NB)
     return recorded
 
 
@@ -255,8 +260,8 @@ def _settled(directory: Path) -> _Files:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Let one process at a time replace an identity's files."""
+def _locked(directory: Path, flags: int = 0) -> Iterator[None]:
+    """Let one process at a time replace an identity's files; ``flags`` of flock(2)."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -265,10 +270,18 @@ def _locked(directory: Path) -> Iterator[None]:
             f"{directory} cannot be written: {error.strerror}; check the directory and its owner"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | flags)
         yield
     finally:
         os.close(lock)
+
+
+def _stat(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def authority_directory(pki: Path) -> Path:

@@ -5,6 +5,7 @@ the same directory follows the files.
 """
 
 import logging
+import os
 import random
 import threading
 import time
@@ -47,6 +48,11 @@ def renew(identity: Identity, address: str) -> Identity:
     to be trusted or cannot be stored; the present files are untouched then.
     """
     peer = identity.peer
+    if not os.access(identity.directory, os.W_OK):
+        raise CertificateError(
+            f"{identity.directory} cannot be written, so nothing is renewed; mount it writable, or "
+            "have whoever fills it renew the certificate"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     csr = signing_request(key, peer.federation, peer.role, peer.name)
     response = ask(identity, address, {"csr": csr})
@@ -130,7 +136,7 @@ class Follower(threading.Thread):
 
     def look(self) -> None:
         """Take over what has changed, renew when it is time, warn when that is late."""
-        seen = _signature(self._identity.directory)
+        seen = self._identity.version()
         if seen != self._seen:
             self._seen = seen
             self._take_over()
@@ -252,16 +258,3 @@ def _told(identity: Identity) -> str:
         f"{identity.peer.serial:x} of {identity.peer.uri} ends at "
         f"{identity.not_after:%Y-%m-%d %H:%M:%S} UTC"
     )
-
-
-def _signature(directory: Path) -> list[tuple[int, int, int] | None]:
-    """Tell one version of an identity's files from the next."""
-    return [_stat(directory / name) for name in ("tls.key", "tls.crt", "ca.crt")]
-
-
-def _stat(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size

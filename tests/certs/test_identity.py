@@ -336,6 +336,24 @@ def test_a_record_that_every_user_may_read_is_refused(site: Path) -> None:
         Identity.load(site, Role.SITE)
 
 
+def test_a_reader_does_not_wait_for_a_writer(
+    site: Path, authority: Authority, pair: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server reads in its event loop; who replaces the files may be stopped in the midst of it."""
+    new, loaded = pair(), []
+
+    def stopped(_new: object) -> None:
+        reader = threading.Thread(
+            target=lambda: loaded.append(Identity.load(site, Role.SITE)), daemon=True
+        )
+        reader.start()
+        reader.join(20)
+
+    monkeypatch.setattr(certs.identity, "_apply", stopped)
+    store(site, new, authority.certificate)
+    assert [identity.peer.serial for identity in loaded] == [new[1].serial_number]
+
+
 def test_readers_never_meet_half_of_a_replacement(
     site: Path, authority: Authority, pair: Callable[[], Pair]
 ) -> None:

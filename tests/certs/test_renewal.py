@@ -234,6 +234,15 @@ def test_no_other_answer_is_stored(
     assert files(site) == before
 
 
+def test_what_could_not_be_kept_is_not_asked_for(
+    site: Identity, signer: Signer, service: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("certs.renewal.os.access", lambda path, _mode: path != site.directory)
+    with pytest.raises(CertificateError, match="cannot be written, so nothing is renewed; mount"):
+        renew(site, address(service))
+    assert signer.requests == []
+
+
 def test_nobody_answers(site: Identity, free_port: Callable[[], int]) -> None:
     port = free_port()
     with pytest.raises(
