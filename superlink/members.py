@@ -7,7 +7,6 @@ and taken, one site at a time.
 import base64
 import binascii
 import contextlib
-import hashlib
 import json
 import logging
 import threading
@@ -22,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from certs.authority import Authority
-from certs.enrolment import Application, Membership, fingerprint_of
+from certs.enrolment import Application, Membership, keys_fingerprint
 from certs.errors import CertificateError, ConnectionRefusedByFleetError, StorageError
 from certs.files import pem_certificate, write_atomic
 from certs.roles import Role
@@ -63,8 +62,7 @@ class Candidate:
     @property
     def fingerprint(self) -> str:
         """What an invitation remembers of the keys that it was used by (SHA-256, hex)."""
-        keys = (self.key, self.superexec_key, self.node_key)
-        return hashlib.sha256("".join(map(fingerprint_of, keys)).encode()).hexdigest()
+        return keys_fingerprint(self.key, self.superexec_key, self.node_key)
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,15 @@ def candidate(record: Any, federation: str) -> Candidate:
 
 def invitation_secret(text: Any) -> bytes:
     """Return the secret of an invitation from its base64url; raise ``Refused`` for anything else."""
-    secret = b""
     # 16 bytes are 22 characters, or 24 with their padding.
     if isinstance(text, str) and len(text) <= 24:
+        text = text.rstrip("=")
         with contextlib.suppress(binascii.Error, ValueError):
-            padded = text.rstrip("=") + "=="
-            secret = base64.b64decode(padded, altchars=b"-_", validate=True)
-    if len(secret) != 16:
-        raise Refused("malformed", "an invitation is 16 bytes in base64url")
-    return secret
+            secret = base64.b64decode(text + "==", altchars=b"-_", validate=True)
+            # The last character has four bits to spare: one text for one secret.
+            if len(secret) == 16 and base64.urlsafe_b64encode(secret) == f"{text}==".encode():
+                return secret
+    raise Refused("malformed", "an invitation is 16 bytes in base64url")
 
 
 class Members:

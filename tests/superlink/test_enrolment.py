@@ -78,6 +78,12 @@ MALFORMED: list[tuple[str, str, Case]] = [
         "an invitation is 16 bytes",
         lambda body, _keys: {**body, "invitation": "!" * 22},
     ),
+    # The same bytes, written with another last character.
+    (
+        "malformed",
+        "an invitation is 16 bytes",
+        lambda body, _keys: {**body, "invitation": "A" * 21 + "B"},
+    ),
     ("malformed", "an application has the", lambda body, _keys: {**body, "application": {}}),
     ("malformed", "an application has the", lambda body, _keys: {**body, "application": "x"}),
 ]
