@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from app.rounds import bounded, one_line
+from app.superexec import IDENTITY, RUNTIME
 from certs.contexts import client_context
 from certs.enrolment import SITES_PATH
 from certs.identity import Identity
@@ -19,9 +20,6 @@ from certs.roles import Role
 
 _log = logging.getLogger("flwr")
 
-# Set by the SuperExec for the tasks it starts: its identity's directory, and where the SuperLink listens.
-IDENTITY = "VLAFLEET_IDENTITY"
-RUNTIME = "VLAFLEET_RUNTIME"
 # A round waits for the answer, and does without it.
 SECONDS = 2.0
 

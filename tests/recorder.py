@@ -44,6 +44,8 @@ def record(
             "observation.images.wrist": camera_feature,
         },
         streaming_encoding=video,
+        # On a busy machine the encoders fall behind: a frame that finds the queue full is dropped.
+        encoder_queue_maxsize=max(lengths),
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
     if apart:
