@@ -21,7 +21,7 @@ def disk(site: Site, estimate: dict[str, Any] | None) -> list[Finding]:
     if estimate:
         needs = {
             site.state: max(estimate["state_bytes"] - _held(site.state), 0),
-            site.cache: max(estimate["cache_bytes"] - _held(site.cache), 0),
+            site.cache: max(_cached(estimate) - _held(site.cache), 0),
         }
     findings = []
     for folder in needs:
@@ -59,6 +59,11 @@ def _room(folders: list[Path], needs: dict[Path, int], site: Site, *, known: boo
     if not known:
         return ok("disk", f"{sentence}; what a run takes was not estimated")
     return ok("disk", f"{sentence}; a run takes up to {size(whole)} more")
+
+
+def _cached(estimate: dict[str, Any]) -> int:
+    """Bytes of the prefix cache that may lie on the disk; what holds embeddings is whichever has more room."""
+    return int(estimate["cache_bytes"]) if estimate["cache_tier"] in ("disk", "embeddings") else 0
 
 
 def host(estimate: dict[str, Any] | None) -> Finding:

@@ -18,6 +18,14 @@ from supernode.site import Site
 # It reads every row and some images of each video; a dataset of the hub is fetched first.
 _PATIENCE_SECONDS = 1800.0
 
+# What the other checks read of the estimate (app/estimate.py): an app of another version is told from a broken one.
+_ESTIMATE = frozenset(
+    {
+        "device", "cache_tier", "cache_bytes", "memory_bytes", "gpu_memory_bytes", "state_bytes", "seconds_per_round",
+        "cache_seconds", "bytes_up", "bytes_down", "first_bytes_down", "torch_cuda", "cuda_available",
+    }
+)  # fmt: skip
+
 _NAME = "dataset"
 
 
@@ -89,6 +97,8 @@ def _command(site: Site) -> list[str]:
 def _read(site: Site, answer: dict[str, Any]) -> Look:
     """Read the answer; ``ValueError``, ``KeyError`` or ``TypeError`` when it is none."""
     dataset, estimate = answer["dataset"], answer["estimate"]
+    if estimate is not None and not set(estimate) >= _ESTIMATE:
+        raise ValueError("an estimate without its figures")
     error = error_of(int(answer["exit_code"])) or DatasetError
     again = "Then check again; 'vlafleet data check' alone looks at the dataset only."
     findings = [

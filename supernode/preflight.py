@@ -56,7 +56,7 @@ def check(site: Site) -> Report:
         *([_link(measured, look.estimate)] if measured else []),
         *here,
         *look.findings,
-        *([_round(look.estimate, measured)] if look.estimate else []),
+        *([_cache(look.estimate), _round(look.estimate, measured)] if look.estimate else []),
     ]
     return Report(site.name, findings, look.dataset, look.estimate)
 
@@ -223,18 +223,20 @@ def _transfer(estimate: dict[str, Any], measured: link.Link) -> float:
 
 def _round(estimate: dict[str, Any], measured: link.Link | None) -> Finding:
     """What a round costs this site, with the run config's defaults."""
-    training = float(estimate["seconds_per_round"])
-    seconds = training + (_transfer(estimate, measured) if measured else 0.0)
-    parts = f"{span(training)} of training on {estimate['device']}"
-    parts += (
-        f" and {span(seconds - training)} of transfer"
-        if measured
-        else "; transfer was not measured"
-    )
+    work = estimate["seconds_per_round"]
+    transfer = None if measured is None else _transfer(estimate, measured)
+    seconds = (work or 0.0) + (transfer or 0.0)
+    parts = [
+        "no time for work, for the device is not there"
+        if work is None
+        else f"{span(work)} of work on {estimate['device']}",
+        "no time for transfer, which was not measured"
+        if transfer is None
+        else f"{span(transfer)} of transfer",
+    ]
     sentence = (
-        f"a round takes about {span(seconds)}: {parts}; {size(estimate['bytes_down'])} down (the first time "
-        f"{size(estimate['first_bytes_down'])}) and {size(estimate['bytes_up'])} up; the cache of what the frozen "
-        f"model makes of the frames takes {size(estimate['cache_bytes'])}"
+        f"a round takes about {span(seconds)}: {' and '.join(parts)}; {size(estimate['bytes_down'])} down (the first "
+        f"time {size(estimate['first_bytes_down'])}) and {size(estimate['bytes_up'])} up"
     )
     if seconds > _ROUND_TIMEOUT_SECONDS:
         return warning(
@@ -243,3 +245,26 @@ def _round(estimate: dict[str, Any], measured: link.Link | None) -> Finding:
             "Train on a GPU, or ask the federation's operator for fewer local-steps or a longer round-timeout.",
         )
     return ok("round", sentence)
+
+
+def _cache(estimate: dict[str, Any]) -> Finding:
+    """Where what the frozen model makes of each frame is kept, which spares most of a step's work."""
+    tier = estimate["cache_tier"]
+    if tier == "none":
+        return warning(
+            "cache",
+            "there is no room for a cache of what the frozen model makes of the frames: each step computes it again, "
+            "which takes many times as long",
+            "Give the site more memory, or free space on its disk.",
+        )
+    sentence = f"the cache of what the frozen model makes of the frames takes {size(estimate['cache_bytes'])}"
+    if (seconds := estimate["cache_seconds"]) is not None:
+        sentence += f" and {span(seconds)} to fill once"
+    if tier == "embeddings":
+        return warning(
+            "cache",
+            f"{sentence}; there is room for image embeddings only, and steps take four to five times as long",
+            "Give the site more memory, or free space on its disk.",
+        )
+    places = {"gpu": "in the GPU's memory", "memory": "in memory", "disk": "on the disk"}
+    return ok("cache", f"{sentence}, {places[tier]}")

@@ -108,8 +108,8 @@ def check(addresses: list[str], *, inherited: bool) -> Finding:
         return warning(
             "proxy",
             f"{sentence}, but the site's containers do not get this variable",
-            f"Where they cannot connect straight, set {names[0]} for the supernode container; "
-            "where they can, unset it here and check again.",
+            "Where they cannot connect straight, name the proxy in ~/.docker/config.json ('proxies'), from which "
+            "containers get it; where they can, unset it here and check again.",
         )
     return ok("proxy", sentence)
 

@@ -108,7 +108,7 @@ def test_containers_do_not_get_the_variable(monkeypatch: pytest.MonkeyPatch) -> 
     finding = proxy.check([LINK], inherited=False)
     assert finding.level == "warning"
     assert finding.sentence.endswith("but the site's containers do not get this variable")
-    assert "set ALL_PROXY for the supernode container" in (finding.remedy or "")
+    assert "~/.docker/config.json" in (finding.remedy or "")
 
 
 def test_a_proxy_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,9 @@ DATASET = {
 }
 ESTIMATE = {
     "device": "cpu",
+    "cache_tier": "disk",
     "cache_bytes": 2_000_000,
+    "cache_seconds": 30.0,
     "memory_bytes": 1_000_000,
     "gpu_memory_bytes": None,
     "state_bytes": 3_000_000,
@@ -49,7 +51,7 @@ ESTIMATE = {
 }
 NAMES = [
     "identity", "superexec", "proxy", "enrolment", "superlink", "clock", "link", "disk", "memory", "gpu", "dataset",
-    "round",
+    "cache", "round",
 ]  # fmt: skip
 
 
@@ -151,8 +153,9 @@ def test_a_site_that_is_well(site: Site) -> None:
         r".* of .* of memory free; training takes about 1\.0 MB",
         "training on the CPU, which is slow for the real model; there is no GPU",
         "/data/pick: 12 episodes, 3 of them held out, 4800 frames at 30 a second, cameras top, wrist, 1.2 GB",
-        rf"a round takes about {took}: 80 s of training on cpu and {took} of transfer; 1\.0 MB down \(the first time "
-        r"900 MB\) and 1\.0 MB up; the cache of what the frozen model makes of the frames takes 2\.0 MB",
+        r"the cache of what the frozen model makes of the frames takes 2\.0 MB and 30 s to fill once, on the disk",
+        rf"a round takes about {took}: 80 s of work on cpu and {took} of transfer; 1\.0 MB down \(the first time "
+        r"900 MB\) and 1\.0 MB up",
     ]
     for finding, sentence in zip(found["findings"], sentences, strict=True):
         assert set(finding) == {"name", "level", "sentence", "remedy", "exit_code"}
@@ -193,7 +196,7 @@ def test_a_slow_link(site: Site, service: Enrolment, answers: dict[str, Any]) ->
     assert (report.level, report.exit_code) == ("warning", 0)
     report.require()
     round_ = by_name(report, "round")
-    assert "80 s of training on cpu and " in round_.sentence
+    assert "80 s of work on cpu and " in round_.sentence
 
 
 @pytest.mark.federation
@@ -209,8 +212,8 @@ def test_an_evicted_site(tmp_path: Path, service: Enrolment) -> None:
     assert (finding.level, finding.exit_code) == ("fail", 15)
     # The enrolment service follows the list within a second; until then it tells the time.
     assert re.fullmatch(
-        f"the SuperLink {site.superlink}: ends the connection after the handshake, as it does for a certificate that is "
-        r"revoked \(.*\); (the clock and )?the link's speed not checked",
+        f"the SuperLink {site.superlink}: ends the connection after the handshake, as it does for a certificate "
+        r"that is revoked \(.*\); (the clock and )?the link's speed not checked",
         finding.sentence,
     ), finding.sentence
     assert "a new invitation brings it back" in (finding.remedy or "")
@@ -269,7 +272,7 @@ def test_a_link_that_cannot_be_measured(lone: Site) -> None:
     assert (finding.level, finding.exit_code) == ("warning", 0)
     assert finding.sentence.startswith(f"the link to {lone.superlink} was not measured: ")
     assert by_name(report, "round").sentence.startswith(
-        "a round takes about 80 s: 80 s of training on cpu; transfer was not measured; 1.0 MB down"
+        "a round takes about 80 s: 80 s of work on cpu and no time for transfer, which was not measured; 1.0 MB down"
     )
 
 
@@ -382,9 +385,36 @@ def test_a_round_that_takes_too_long(lone: Site, answers: dict[str, Any]) -> Non
     answers["estimate"]["seconds_per_round"] = 4000.0
     finding = by_name(check(lone), "round")
     assert (finding.level, finding.exit_code) == ("warning", 0)
-    assert finding.sentence.startswith("a round takes about 66.7 min: 66.7 min of training on cpu")
+    assert finding.sentence.startswith("a round takes about 66.7 min: 66.7 min of work on cpu")
     assert finding.sentence.endswith("that is longer than the 10 min a round has by default")
     assert "fewer local-steps" in (finding.remedy or "")
+
+
+def test_a_round_on_a_device_that_is_not_there(lone: Site, answers: dict[str, Any]) -> None:
+    answers["estimate"].update(seconds_per_round=None, cache_seconds=None, device="cuda")
+    report = check(lone)
+    assert "no time for work, for the device is not there and no time" in (
+        by_name(report, "round").sentence
+    )
+    assert by_name(report, "cache").sentence == (
+        "the cache of what the frozen model makes of the frames takes 2.0 MB, on the disk"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tier", "level", "says"),
+    [
+        ("gpu", "ok", "takes 2.0 MB and 30 s to fill once, in the GPU's memory"),
+        ("memory", "ok", "takes 2.0 MB and 30 s to fill once, in memory"),
+        ("embeddings", "warning", "room for image embeddings only"),
+        ("none", "warning", "there is no room for a cache"),
+    ],
+)
+def test_where_the_cache_lies(tier: str, level: str, says: str) -> None:
+    finding = preflight._cache({**ESTIMATE, "cache_tier": tier})
+    assert (finding.name, finding.level, finding.exit_code) == ("cache", level, 0)
+    assert says in finding.sentence
+    assert (finding.remedy is None) == (level == "ok")
 
 
 def test_the_default_of_a_round_is_the_run_configs() -> None:

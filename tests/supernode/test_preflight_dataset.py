@@ -22,7 +22,7 @@ DATASET = {
     "cameras": ["top", "wrist"],
     "bytes": 1_234_000_000,
 }
-ESTIMATE = {"device": "cpu", "cache_bytes": 1}
+ESTIMATE = dict.fromkeys(dataset._ESTIMATE, 1)
 
 
 def a_site(tmp_path: Path, mode: Mode = "native") -> Site:
@@ -108,6 +108,7 @@ def test_the_exit_code_is_the_answers(answering: Answering, code: int, expected:
         ("print('{}')", "the check ended with code 0: it said nothing", 14),
         ("print('[1]')", "the check ended with code 0: it said nothing", 14),
         (answer(False, [], 12, None, None), "the check ended with code 12: loading", 12),
+        (answer(True, [], 0, DATASET, {"device": "cpu"}), "the check ended with code 0: loading", 14),
         (answer(True, [], 0, None, None), "the check ended with code 0: loading", 14),
     ],
 )  # fmt: skip
@@ -154,6 +155,12 @@ def test_the_check_finds_what_the_sites_processes_keep(
     code = "import os, sys; print(os.environ['VLAFLEET_HOME'], file=sys.stderr)"
     (finding,) = answering(code).findings
     assert finding.sentence == f"the check ended with code 0: {tmp_path}"
+
+
+def test_the_estimate_is_the_apps() -> None:
+    from app.estimate import Estimate
+
+    assert set(Estimate.__dataclass_fields__) >= dataset._ESTIMATE
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from supernode.site import Site
 GB = 10**9
 ESTIMATE: dict[str, Any] = {
     "state_bytes": 3 * GB,
+    "cache_tier": "disk",
     "cache_bytes": 20 * GB,
     "memory_bytes": 8 * GB,
 }
@@ -84,10 +85,18 @@ def test_what_the_site_holds_needs_no_room(site: Site, free: dict[str, int]) -> 
     (site.state / "run").mkdir()
     (site.state / "run" / "model").write_bytes(os.urandom(4 << 20))
     (site.cache / "frames").write_bytes(os.urandom(2 << 20))
-    needs = {"state_bytes": 5 << 20, "cache_bytes": 1 << 20, "memory_bytes": 0}
+    needs = {**ESTIMATE, "state_bytes": 5 << 20, "cache_bytes": 1 << 20}
     (finding,) = capacity.disk(site, needs)
     assert finding.level == "ok"
     assert finding.sentence.endswith("a run takes up to 1.0 MB more")
+
+
+@pytest.mark.parametrize("tier", ["gpu", "memory", "none"])
+def test_a_cache_elsewhere_needs_no_disk(site: Site, free: dict[str, int], tier: str) -> None:
+    free["free"] = int(3.2 * GB)
+    (finding,) = capacity.disk(site, {**ESTIMATE, "cache_tier": tier})
+    assert finding.level == "ok"
+    assert finding.sentence.endswith("a run takes up to 3.0 GB more")
 
 
 def test_a_disk_without_an_estimate(site: Site, free: dict[str, int]) -> None:
