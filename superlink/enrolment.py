@@ -26,9 +26,11 @@ from certs.server import bind, mutual_tls_server
 from superlink.control import Control
 from superlink.crl import Publisher
 from superlink.datasets import Datasets
+from superlink.door import Door
 from superlink.endpoint import Request, endpoint
 from superlink.enrolment_api import Api
 from superlink.invitations import Invitations
+from superlink.limits import CONNECTIONS, Limits
 from superlink.members import Members
 from superlink.renewals import hosts
 from superlink.upkeep import Upkeep, renew_own
@@ -61,7 +63,7 @@ def serve(
             f"{identity.directory} an identity of {identity.peer.federation!r}; name the two of one federation"
         )
     revocations = Revocations(authority.crl, identity.authority)
-    with bind(host, port) as listener, _alone(state):
+    with Door(bind(host, port), Limits(*CONNECTIONS)) as listener, _alone(state):
         log = Audit(audit)
         invitations = Invitations(state / "invitations.json")
         datasets = Datasets(state / "datasets.json")
@@ -114,7 +116,7 @@ def serve(
         upkeep.start(
             {
                 "revocation list": publisher.publish,
-                "evictions": members.finish_evictions,
+                "evictions": api.finish_evictions,
                 "own certificate": functools.partial(renew_own, pki_authority, identity),
                 "daily signature": publisher.sign_again,
             }

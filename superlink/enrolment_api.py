@@ -33,7 +33,7 @@ from superlink.crl import Publisher
 from superlink.datasets import Datasets
 from superlink.endpoint import Request, endpoint, fields
 from superlink.invitations import Invitations
-from superlink.limits import Limits
+from superlink.limits import REQUESTS, Limits
 from superlink.members import Candidate, Members, candidate, invitation_secret
 from superlink.refused import Refused
 from superlink.renewals import renew
@@ -78,7 +78,7 @@ class Api:
         # One at a time, as Members is; apart from what does not wait for the SuperLink, a renewal for example.
         self._superlink = ThreadPoolExecutor(1, "superlink")
         self._waiting = 0
-        self._limits = Limits()
+        self._limits = Limits(*REQUESTS)
 
     def anonymous(self) -> dict[str, Application]:
         """Return what is open to those who have no certificate."""
@@ -237,6 +237,14 @@ class Api:
             "unregistered": eviction.unregistered,
             "invitations": eviction.invitations,
         }
+
+    def finish_evictions(self) -> None:
+        """Complete the evictions that were begun; raise ``Refused`` when the SuperLink does not answer."""
+
+        def finished(site: str) -> None:
+            self._audit.record("revoked", site=site, detail="an eviction begun before is finished")
+
+        self._members.finish_evictions(finished)
 
     def _validated(self, body: Mapping[str, Any]) -> tuple[Candidate, bytes]:
         """Read an enrolment, and refuse what cannot succeed before it waits for its turn."""

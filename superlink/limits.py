@@ -1,4 +1,4 @@
-"""How many requests a minute the enrolment service takes from those who have no certificate.
+"""How much the enrolment service does for those whom it does not know.
 
 A token bucket per source and one for all. What is refused is told when to come again, each a moment of its own, so that
 fifty sites behind one address do not all come back in the same second.
@@ -14,12 +14,22 @@ from dataclasses import dataclass
 
 from superlink.refused import Refused
 
-# A join asks twice: for the authority, and to enrol. So a laboratory of 50 sites behind one address is in after
-# (100 - 30) / 5 = 14 s, rounded waits aside.
-SOURCE_RATE, SOURCE_BURST = 5.0, 30
-# Measured: a malformed request with its handshake costs the service 3 ms of one core, an honest enrolment 26. So the
-# former cost it a twentieth at most, from however many sources.
-GLOBAL_RATE, GLOBAL_BURST = 20.0, 100
+
+@dataclass(frozen=True)
+class Rate:
+    """So many a second, and a burst after a pause."""
+
+    per_second: float
+    burst: int
+
+
+# Per source and in all. Measured: a malformed request with its handshake costs the service 3 ms of one core, an honest
+# enrolment 26. So strangers cost it a twentieth with requests, and a quarter with connections, from however many
+# sources. A join asks twice: for the authority, and to enrol. So a laboratory of 50 sites behind one address is in
+# after (100 - 30) / 5 = 14 s, rounded waits aside.
+REQUESTS = Rate(5, 30), Rate(20, 100)
+# Every connection counts, those of members with a certificate too; these renew once in days, and try again.
+CONNECTIONS = Rate(20, 300), Rate(100, 600)
 # About 1 MB of buckets. Beyond them the one that was idle longest is forgotten, that is, full again: all that forged
 # sources win, and the global bucket takes it back.
 MAX_SOURCES = 4096
@@ -29,22 +39,21 @@ MAX_WAIT = 30
 
 @dataclass
 class _Bucket:
-    """Tokens that come back at ``rate`` a second, up to ``burst``."""
+    """Tokens that come back at a rate, up to its burst."""
 
-    rate: float
-    burst: int
+    rate: Rate
     tokens: float
     at: float
     # The last moment promised to somebody who was refused.
     promised: float = 0.0
 
     def refill(self, now: float) -> None:
-        self.tokens = min(self.burst, self.tokens + (now - self.at) * self.rate)
+        self.tokens = min(self.rate.burst, self.tokens + (now - self.at) * self.rate.per_second)
         self.at = now
 
     def wait(self, now: float) -> int:
         """Return the whole seconds until a turn that nobody else was promised."""
-        self.promised = max(self.promised, now) + 1 / self.rate
+        self.promised = max(self.promised, now) + 1 / self.rate.per_second
         if self.promised > now + MAX_WAIT:
             self.promised = now  # beyond this, turns are handed out again from the first
             return MAX_WAIT
@@ -54,20 +63,23 @@ class _Bucket:
 class Limits:
     """The buckets; ``clock`` is monotonic seconds. Safe to share between threads."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, source: Rate, everybody: Rate, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._all = _Bucket(GLOBAL_RATE, GLOBAL_BURST, GLOBAL_BURST, clock())
+        self._rate = source
+        self._all = _Bucket(everybody, everybody.burst, clock())
         self._sources: OrderedDict[str, _Bucket] = OrderedDict()
 
     def require(self, address: str) -> None:
-        """Let a request of this address pass, or raise ``Refused`` (busy)."""
+        """Let something from this address pass, or raise ``Refused`` (busy)."""
         source = _source(address)
         with self._lock:
             now = self._clock()
             bucket = self._sources.pop(source, None)
             if bucket is None:
-                bucket = _Bucket(SOURCE_RATE, SOURCE_BURST, SOURCE_BURST, now)
+                bucket = _Bucket(self._rate, self._rate.burst, now)
             self._sources[source] = bucket
             if len(self._sources) > MAX_SOURCES:
                 self._sources.popitem(last=False)

@@ -8,7 +8,6 @@ import base64
 import binascii
 import contextlib
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -28,8 +27,6 @@ from certs.roles import Role
 from superlink.control import Node
 from superlink.invitations import Invitations
 from superlink.refused import Refused
-
-_log = logging.getLogger("vlafleet.enrolment")
 
 
 class Registry(Protocol):
@@ -193,13 +190,16 @@ class Members:
                 return Eviction(certificates, invitations, False, left)
         return Eviction(certificates, invitations, unregistered)
 
-    def finish_evictions(self) -> None:
-        """Complete what ``revoke`` could not; raise ``Refused`` when the SuperLink still does not answer."""
+    def finish_evictions(self, finished: Callable[[str], None]) -> None:
+        """Complete what ``revoke`` could not; raise ``Refused`` when the SuperLink still does not answer.
+
+        ``finished`` hears of each site.
+        """
         with self._lock:
             for site in self._evictions.open:
                 self._shut_out(site)
                 self._unregister(site)
-                _log.info("site %s is evicted", site)
+                finished(site)
 
     def _shut_out(self, site: str) -> tuple[int, int]:
         """End a site's certificates and invitations; return how many of each."""

@@ -89,6 +89,10 @@ class Enrolment:
         process.terminate()
         assert process.wait(20) in {0, -15}, self.log
 
+    def crashed(self) -> None:
+        """Take note that the service has ended on its own, as ``os._exit(9)`` ends it."""
+        assert self.superlink.processes.running.pop("enrolment").wait(20) == 9, self.log
+
     def client(self, identity: Identity | None) -> httpx.Client:
         """A client with this identity, or none."""
         if identity is None:

@@ -15,7 +15,7 @@ from certs.enrolment import MAX_BODY_BYTES, Application, signing_request
 from certs.errors import CertificateError
 from certs.roles import Peer, Role
 from superlink.endpoint import strict_json
-from superlink.limits import SOURCE_BURST
+from superlink.limits import REQUESTS
 from superlink.refused import Refused
 from tests.enrolling import FEDERATION, Keys, Service, enrolment, new_key
 
@@ -390,8 +390,8 @@ def test_other_methods(service: Service, method: str, path: str, allowed: bytes)
 
 
 def test_a_flood_is_told_when_to_come_again(service: Service) -> None:
-    replies = [service.ask("GET", "/v1/authority") for _ in range(SOURCE_BURST + 20)]
-    assert [reply.status for reply in replies[:SOURCE_BURST]] == [200] * SOURCE_BURST
+    replies = [service.ask("GET", "/v1/authority") for _ in range(REQUESTS[0].burst + 20)]
+    assert [reply.status for reply in replies[: REQUESTS[0].burst]] == [200] * REQUESTS[0].burst
     late = replies[-1]
     assert (late.status, late.body["code"]) == (429, "busy")
     assert 1 <= int(late.headers[b"retry-after"]) <= 30

@@ -211,9 +211,13 @@ def test_an_eviction_without_a_superlink_is_finished_later(service: Service) -> 
     # The process ends before it is done; the next one goes on.
     service.start()
     service.register.reachable = True
-    service.members.finish_evictions()
+    service.api.finish_evictions()
     assert service.register.alive() == []
-    service.members.finish_evictions()
+    line = service.events()[-1]
+    assert (line["event"], line["site"], line["role"]) == ("revoked", "site-c", None)
+    lines = len(service.events())
+    service.api.finish_evictions()
+    assert len(service.events()) == lines
 
 
 def test_who_comes_back_before_the_eviction_is_finished_stays(service: Service) -> None:
@@ -224,7 +228,7 @@ def test_who_comes_back_before_the_eviction_is_finished_stays(service: Service) 
     service.register.reachable = True
     keys = Keys()
     assert service.enrol(secret, "site-c", keys).status == 200
-    service.members.finish_evictions()
+    service.api.finish_evictions()
     assert [node.status for node in service.register.known] == ["unregistered", "registered"]
     now = datetime.now(UTC)
     site_lines = [line for line in service.authority.issued() if line.role is Role.SITE]

@@ -19,7 +19,7 @@ from certs.files import pem_certificate
 from certs.identity import Identity, store_identity
 from certs.roles import Role
 from supernode.enrol import RetiredKeyError
-from tests.enrolling import FEDERATION, Keys, new_key
+from tests.enrolling import FEDERATION, Keys, enrolment, new_key
 from tests.enrolment_service import Enrolment, running_enrolment
 from tests.federation import node_header
 from tests.wire import Answer
@@ -244,6 +244,52 @@ def test_a_restart_loses_nothing(service: Enrolment) -> None:
     assert certificates[0].public_key() == certificates[1].public_key()
     with pytest.raises(InvitationError, match="used"):
         service.enrol(invitation, Keys())
+
+
+def test_a_crash_between_registering_and_answering(service: Enrolment) -> None:
+    """The keys that were registered come in with the invitation later, others do not."""
+    keys, invitation = Keys(), service.invite("site-i")
+    service.stop()
+    service.start(crash("superlink.invitations", "Invitations.use"))
+    with service.client(None) as client, pytest.raises(httpx.TransportError):
+        client.post("/v1/enrol", json=enrolment(invitation.secret, keys.application("site-i")))
+    service.crashed()
+    service.start()
+    assert service.sites()["site-i"]["state"] == "registered"
+    with pytest.raises(InvitationError, match="another machine is the site"):
+        service.enrol(invitation, Keys())
+    assert service.enrol(invitation, keys).site == "site-i"
+    with pytest.raises(InvitationError, match="used by another machine"):
+        service.enrol(invitation, Keys())
+
+
+@pytest.mark.parametrize(
+    ("site", "module", "function"),
+    [
+        ("site-j", "certs.authority", "Authority.revoke"),
+        ("site-k", "superlink.members", "Members._unregister"),
+    ],
+)
+def test_a_crash_while_a_site_is_evicted(
+    service: Enrolment, site: str, module: str, function: str
+) -> None:
+    """What was begun is finished by the next process."""
+    service.enrol(service.invite(site), Keys())
+    service.stop()
+    service.start(crash(module, function))
+    operator = service.holder(Role.OPERATOR, "admin")
+    with service.client(operator) as client, pytest.raises(httpx.TransportError):
+        client.post("/v1/revoke", json={"site": site})
+    service.crashed()
+    assert _open(service) == [site]
+    service.start()
+    until(lambda: not _open(service), 20)
+    assert service.sites()[site]["state"] == "revoked"
+
+
+def crash(module: str, function: str) -> str:
+    """Python that ends the process, at once, where it would call a function."""
+    return f"import os, {module} as m\nm.{function} = lambda *_, **__: os._exit(9)\n"
 
 
 def test_a_second_service_on_the_same_state(

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from certs.contexts import anonymous_context
 from certs.enrolment import signing_request
 from certs.roles import Role
+from superlink.limits import CONNECTIONS
 from tests.enrolling import FEDERATION, Keys, enrolment
 from tests.enrolment_service import Enrolment, running_enrolment
 
@@ -266,9 +267,7 @@ def send(port: int, tls: ssl.SSLContext, data: bytes, patience: float) -> int | 
 def unlimited(service: Enrolment) -> Enrolment:
     """The service without its limits, which would answer most of the fuzz before it is read."""
     service.stop()
-    service.start(
-        "import superlink.limits as limits\nlimits.SOURCE_BURST = limits.GLOBAL_BURST = 10**9\n"
-    )
+    service.start("from superlink.limits import Limits; Limits.require = lambda *_: None")
     return service
 
 
@@ -325,6 +324,20 @@ def test_bytes_that_are_no_tls(service: Enrolment) -> None:
     assert "Traceback" not in service.log
     with service.client(None) as client:
         assert client.get("/v1/authority").status_code == httpx.codes.OK
+
+
+def test_a_flood_of_connections(service: Enrolment) -> None:
+    """From one address: what is beyond its burst is closed before TLS, and others still get in."""
+    for _ in range(3 * CONNECTIONS[0].burst):
+        socket.create_connection(("127.0.0.1", service.port), 20, ("127.0.0.9", 0)).close()
+    with service.client(service.holder(Role.MONITOR, "prometheus")) as client:
+        text = client.get("/metrics").text
+    closed = re.search(r'vlafleet_failed_handshakes_total\{reason="limit"\} ([0-9.]+)', text)
+    assert closed is not None
+    assert float(closed[1]) > 0
+    # It fills neither log.
+    assert len(service.log) < 100_000
+    assert len(service.events()) < 200
 
 
 def test_fifty_sites_at_once(service: Enrolment) -> None:

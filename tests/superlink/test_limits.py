@@ -4,16 +4,10 @@ import heapq
 
 import pytest
 
-from superlink.limits import (
-    GLOBAL_BURST,
-    GLOBAL_RATE,
-    MAX_SOURCES,
-    MAX_WAIT,
-    SOURCE_BURST,
-    SOURCE_RATE,
-    Limits,
-)
+from superlink.limits import MAX_SOURCES, MAX_WAIT, REQUESTS, Limits
 from superlink.refused import Refused
+
+SOURCE, EVERYBODY = REQUESTS
 
 
 class Clock:
@@ -31,7 +25,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def limits(clock: Clock) -> Limits:
-    return Limits(clock)
+    return Limits(*REQUESTS, clock)
 
 
 def passes(limits: Limits, address: str) -> bool:
@@ -50,20 +44,20 @@ def wait_of(limits: Limits, address: str) -> int | None:
 
 
 def test_a_source_has_a_burst_and_then_a_rate(limits: Limits, clock: Clock) -> None:
-    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == SOURCE_BURST
+    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == SOURCE.burst
     assert passes(limits, "192.0.2.2")
     clock.now += 4
     # Those refused took nothing away from what came back.
-    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == 4 * SOURCE_RATE
+    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == 4 * SOURCE.per_second
     clock.now += 3600
-    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == SOURCE_BURST
+    assert sum(passes(limits, "192.0.2.1") for _ in range(200)) == SOURCE.burst
 
 
 def test_all_sources_together_have_a_rate(limits: Limits, clock: Clock) -> None:
     addresses = [f"198.51.{high}.{low}" for high in range(4) for low in range(250)]
-    assert sum(passes(limits, address) for address in addresses) == GLOBAL_BURST
+    assert sum(passes(limits, address) for address in addresses) == EVERYBODY.burst
     clock.now += 2
-    assert sum(passes(limits, address) for address in addresses) == 2 * GLOBAL_RATE
+    assert sum(passes(limits, address) for address in addresses) == 2 * EVERYBODY.per_second
 
 
 @pytest.mark.parametrize(
@@ -80,7 +74,7 @@ def test_all_sources_together_have_a_rate(limits: Limits, clock: Clock) -> None:
 def test_what_one_customer_has_is_one_source(
     limits: Limits, one: str, other: str, same: bool
 ) -> None:
-    for _ in range(SOURCE_BURST):
+    for _ in range(SOURCE.burst):
         assert passes(limits, one)
     assert passes(limits, other) is not same
 
@@ -88,7 +82,7 @@ def test_what_one_customer_has_is_one_source(
 def test_forged_sources_take_bounded_memory(limits: Limits, clock: Clock) -> None:
     for number in range(3 * MAX_SOURCES):
         passes(limits, f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-        clock.now += 1 / GLOBAL_RATE
+        clock.now += 1 / EVERYBODY.per_second
     assert len(limits._sources) == MAX_SOURCES
 
 
@@ -114,14 +108,14 @@ def test_fifty_sites_behind_one_address_are_in_within_a_minute(
 
 def test_thousands_that_knock_are_still_told_a_bounded_wait(limits: Limits) -> None:
     waits = [wait_of(limits, "203.0.113.7") for _ in range(2000)]
-    assert waits[:SOURCE_BURST] == [None] * SOURCE_BURST
-    told = [wait for wait in waits[SOURCE_BURST:] if wait is not None]
-    assert len(told) == 2000 - SOURCE_BURST
+    assert waits[: SOURCE.burst] == [None] * SOURCE.burst
+    told = [wait for wait in waits[SOURCE.burst :] if wait is not None]
+    assert len(told) == 2000 - SOURCE.burst
     assert (min(told), max(told)) == (1, MAX_WAIT)
 
 
 def test_what_is_refused_says_why(limits: Limits) -> None:
-    for _ in range(SOURCE_BURST):
+    for _ in range(SOURCE.burst):
         limits.require("203.0.113.7")
     with pytest.raises(Refused, match="too many requests: come again in 1 s") as caught:
         limits.require("203.0.113.7")
