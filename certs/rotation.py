@@ -11,7 +11,8 @@ step before or the step after; asked for again, a step does what is left of it:
   is deleted.
 
 That a certificate was issued does not prove that its holder stored it: who was handed one and crashed before that asks
-again with the one it has, which the enrolment service accepts until ``finish``.
+again with the one it has, which the enrolment service accepts until ``finish``. An invitation names the authority that
+signed when it was made: those open at ``switch`` are to be made anew.
 """
 
 from dataclasses import dataclass

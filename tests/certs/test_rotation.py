@@ -5,18 +5,31 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from typer.testing import CliRunner
 
 from certs import rotation
 from certs.authority import Authority, generation
+from certs.cli import cli
+from certs.contexts import client_context
 from certs.errors import CertificateError
 from certs.files import load_key
+from certs.identity import (
+    Identity,
+    authority_directory,
+    ensure_federation,
+    identity_directory,
+    publish_crl,
+)
 from certs.index import write_index
 from certs.lifetime import CLOCK_SKEW
+from certs.revocations import Revocations
 from certs.roles import Role
 from certs.rotation import Phase, Rotation
+from tests.serving import renew, serving
 
 KEY = ec.generate_private_key(ec.SECP256R1()).public_key()
 type Step = Callable[[Authority], Rotation]
@@ -221,3 +234,102 @@ def cut_short(patch: pytest.MonkeyPatch, cut: int) -> None:
             return original(self, target)
 
         patch.setattr(Path, name, cutting)
+
+
+# --- with everything running ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [Role.SUPERLINK, Role.SITE])
+def test_nobody_is_cut_off_and_nobody_gets_back_in(tmp_path: Path, first: Role) -> None:
+    """A SuperLink and a site that never restart, whoever of the two renews first; and a site that was evicted."""
+    pki = tmp_path / "pki"
+    for _ in ensure_federation(pki, "lab", ["lab-1", "evicted"]):
+        pass
+    authority = Authority.load(authority_directory(pki))
+    names = {Role.SUPERLINK: "superlink", Role.SITE: "lab-1"}
+    held = {
+        role: Identity.load(identity_directory(pki, role, name), role)
+        for role, name in names.items()
+    }
+    evicted = Identity.load(identity_directory(pki, Role.SITE, "evicted"), Role.SITE)
+    authority.revoke(Role.SITE, "evicted")
+    publish_crl(pki, authority)
+    for line in authority.issued():
+        if (line.role, line.name) not in {*names.items(), (Role.SITE, "evicted")}:
+            authority.revoke(line.role, line.name)
+    superlink, site = held[Role.SUPERLINK], held[Role.SITE]
+    context, out = client_context(site), client_context(evicted)
+    revocations = Revocations(superlink.crl, superlink.authority)
+    with serving(superlink, revocations) as running:
+
+        def check() -> None:
+            answer = httpx.get(f"{running.url}/echo", verify=context, timeout=20)
+            assert answer.status_code == 200
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"{running.url}/echo", verify=out, timeout=20)
+            # As the SuperLink would find its files at a start.
+            assert evicted.peer.serial in Revocations(superlink.crl, superlink.authority)
+
+        check()
+        for step in (rotation.begin, rotation.switch):
+            step(authority)
+            publish_crl(pki, authority)
+            check()
+            for role in sorted(held, key=lambda role: role is not first):
+                renew(held[role], authority)
+                check()
+        old = [line for line in authority.issued() if line.authorities[0] == 1]
+        forget(authority, *(line.serial for line in old if line.revoked_at is None))
+        rotation.finish(authority)
+        publish_crl(pki, authority)
+        check()
+        for role in sorted(held, key=lambda role: role is not first):
+            renew(held[role], authority)
+            check()
+    assert [generation(certificate) for certificate in superlink.authorities()] == [2]
+
+
+def test_the_command_takes_each_step(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    runner = CliRunner()
+
+    def certs(*arguments: str) -> str:
+        done = runner.invoke(cli, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    demo = ("demo", str(pki), "--site", "lab-1")
+    certs(*demo)
+    assert "nothing is being replaced" in certs("rotate", str(pki), "status")
+    assert "site lab-1 has not got one yet" in certs("rotate", str(pki), "begin")
+    with pytest.raises(CertificateError, match="would be cut off"):
+        runner.invoke(cli, ["rotate", str(pki), "switch"], catch_exceptions=False)
+    assert "kept" not in certs(*demo)
+    assert "'finish' waits for these" in certs("rotate", str(pki), "switch")
+    # The SuperLink's list is signed anew.
+    crl = identity_directory(pki, Role.SUPERLINK, "superlink") / "crl.pem"
+    assert (
+        x509.load_pem_x509_crl(crl.read_bytes())
+        .issuer.rfc4514_string()
+        .startswith("CN=demo authority 2")
+    )
+    assert "kept" not in certs(*demo)
+    authority = Authority.load(authority_directory(pki))
+    forget(authority, *(line.serial for line in authority.issued() if line.authorities[0] == 1))
+    assert "authority 2 signs" in certs("rotate", str(pki), "finish")
+    assert certs(*demo).count("kept") == 7
+    listed = certs("list", str(pki)).splitlines()[1:]
+    assert {line.split()[5] for line in listed} == {"2"}
+
+
+def test_a_certificate_that_is_not_due_is_not_renewed(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    for _ in ensure_federation(pki, "lab", ["lab-1"]):
+        pass
+    directory = identity_directory(pki, Role.SITE, "lab-1")
+    before = (directory / "tls.crt").read_bytes()
+    # Nothing listens there: it is not asked.
+    arguments = ["renew", str(directory), "--enrolment", "localhost:1"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.output.startswith("kept: spiffe://lab/site/lab-1 is not due before ")
+    assert (directory / "tls.crt").read_bytes() == before
