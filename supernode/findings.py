@@ -121,7 +121,7 @@ def size(count: float) -> str:
 def span(seconds: float) -> str:
     """Return a duration for people: ``35 ms``, ``4.2 s``, ``12 min``, ``3.5 h``, ``6.9 days``."""
     if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms"
+        return f"{seconds * 1e3:.{0 if seconds >= 0.01 else 1}f} ms"
     for unit, scale, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
         if seconds < most * scale:
             return f"{seconds / scale:.1f} {unit}".replace(".0 ", " ")

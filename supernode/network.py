@@ -239,6 +239,12 @@ def _ask(server: Server, client: httpx.Client) -> float:
             f"does not answer a request within {span(_ANSWER_SECONDS)}",
             "Ask the federation's operator to look at its log and load.",
         ) from error
+    except (httpx.ConnectError, httpx.ProxyError) as error:
+        # Through a proxy that is itself spoken to over TLS these steps are the HTTP client's.
+        raise StepError(
+            f"cannot be connected to ({first_line(error)})",
+            "Check again; through a proxy, ask your network's administrator to allow the connection.",
+        ) from error
     except httpx.HTTPError as error:
         raise StepError(
             f"ends the connection after the handshake, as it does for a certificate that is revoked "

@@ -68,6 +68,12 @@ def _identities(site: Site) -> tuple[list[Finding], Identity | None]:
         ("identity", site.identity, Role.SITE),
         ("superexec", site.superexec, Role.SUPEREXEC),
     ):
+        if (key := _open_key(directory, 0o007)) is not None:
+            # Such a key is not loaded.
+            findings.append(
+                fail(name, f"{key} is open to every user", f"Run 'chmod 600 {key}'.", CertificateError)
+            )  # fmt: skip
+            continue
         try:
             loaded[role] = identity = Identity.load(directory, role)
             findings.append(_identity(name, site, identity))
@@ -92,23 +98,21 @@ def _identity(name: str, site: Site, identity: Identity) -> Finding:
             "Join again, into another --directory.",
             CertificateError,
         )
-    keys = [identity.key]
-    if peer.role is Role.SITE:
-        keys.append(identity.node_key)
-        if missing := [
-            path for path in (identity.node_key, identity.node_public_key) if not path.exists()
-        ]:
+    needed = (identity.node_key, identity.node_public_key) if peer.role is Role.SITE else ()
+    for path in needed:
+        if not path.exists():
             return fail(
                 name,
-                f"{missing[0]} is missing, by which the SuperLink knows this site",
+                f"{path} is missing, by which the SuperLink knows this site",
                 "Ask the federation's operator for a new invitation and join again.",
                 CertificateError,
             )
-    if open_keys := [key for key in keys if _mode(key) & 0o077]:
+    if (key := _open_key(identity.directory, 0o077)) is not None:
+        mode = stat.S_IMODE(key.stat().st_mode)
         return warning(
             name,
-            f"{open_keys[0]} has the mode {_mode(open_keys[0]):04o}: others on this machine may read the site's key",
-            f"Run 'chmod 600 {open_keys[0]}'.",
+            f"{key} has the mode {mode:04o}: others on this machine may read the site's key",
+            f"Run 'chmod 600 {key}'.",
         )
     now = datetime.now(UTC)
     certificate = load_certificate(identity.certificate)
@@ -123,8 +127,13 @@ def _identity(name: str, site: Site, identity: Identity) -> Finding:
     return ok(name, f"{left}, renewed in {span(due)}")
 
 
-def _mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+def _open_key(directory: Path, mask: int) -> Path | None:
+    """Return a private key of an identity that more than its owner may read, by these bits of its mode."""
+    for name in ("tls.key", "node.key"):
+        path = directory / name
+        if path.exists() and path.stat().st_mode & mask:
+            return path
+    return None
 
 
 def _network(site: Site, identity: Identity | None) -> tuple[list[Finding], link.Link | None]:
@@ -155,10 +164,17 @@ def _network(site: Site, identity: Identity | None) -> tuple[list[Finding], link
         )
         time = _clock((superlink, second_client), (enrolment, first_client))
         measured, why = _measured(site, identity if second_client else None)
-    unknown = [*([] if time else ["the clock"]), *([] if measured else ["the link's speed"])]
+    unknown = [
+        *([] if time or first_client else ["the clock"]),
+        *([] if measured else ["the link's speed"]),
+    ]
     if unknown and second.level != "ok":
         second = replace(second, sentence=f"{second.sentence}; {' and '.join(unknown)} not checked")
     findings = [route, first, second, *([time] if time else [])]
+    if time is None and (first_client or second_client):
+        findings.append(
+            warning("clock", "the clock was not compared: no server told the time", "Check again later.")
+        )  # fmt: skip
     if why:
         findings.append(
             warning("link", f"the link to {site.superlink} was not measured: {why}", "Check again later.")

@@ -18,6 +18,8 @@ from certs.errors import ConnectionRefusedByFleetError
 from supernode.findings import Finding, fail, ok, warning
 
 _NAMES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+# These lead no request of ours to a proxy; but httpx reads them too, and may stumble over them.
+_OTHERS = ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY")
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -78,19 +80,18 @@ def check(addresses: list[str], *, inherited: bool) -> Finding:
 
     ``inherited`` tells whether the site's processes get this environment: containers do not.
     """
-    names = [name for name in _NAMES if os.environ.get(name)]
-    if not names:
-        return ok("proxy", "no proxy is set: connections go straight to the federation")
-    said = " and ".join(names)
     try:
         used = {address: proxy_for(address) for address in addresses}
     except UnusableProxyError as error:
         return fail(
             "proxy",
-            f"Flower's HTTP client cannot work with {said} and NO_PROXY: {error}",
-            "Name a proxy as http://host:port and hosts in NO_PROXY by name or address, or unset these variables.",
+            f"Flower's HTTP client cannot work with {_set(*_NAMES, *_OTHERS)}: {error}",
+            "Name a proxy as http://host:port and hosts in NO_PROXY by name or IPv4 address, or unset these variables.",
             ConnectionRefusedByFleetError,
         )
+    said = _set(*_NAMES)
+    if not said:
+        return ok("proxy", "no proxy is set: connections go straight to the federation")
     through = [f"{address} through {proxy}" for address, proxy in used.items() if proxy]
     if not through:
         return ok("proxy", f"{said} is set, and NO_PROXY exempts {', '.join(addresses)}")
@@ -112,6 +113,11 @@ def check(addresses: list[str], *, inherited: bool) -> Finding:
             "containers get it; where they can, unset it here and check again.",
         )
     return ok("proxy", sentence)
+
+
+def _set(*names: str) -> str:
+    """Return which of these variables are set."""
+    return " and ".join(name for name in names if os.environ.get(name))
 
 
 def _network_that_holds(address: str) -> str | None:

@@ -452,6 +452,21 @@ def test_a_proxy_that_is_none(federation: Federation) -> None:
         )
 
 
+def test_a_proxy_spoken_to_over_tls(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are the HTTP client's, which does not trust this one."""
+    with https(federation.certificate(Role.SUPERLINK, "superlink")) as running:
+        monkeypatch.setenv("HTTPS_PROXY", f"https://127.0.0.1:{running.port}")
+        proxy = Proxy("https", "127.0.0.1", running.port)
+        failed(
+            finding_of(federation, superlink(9092), proxy=proxy),
+            r"the SuperLink localhost:9092: cannot be connected to \(.*CERTIFICATE_VERIFY_FAILED.*\)",
+            "ask your network's administrator",
+            15,
+        )
+
+
 def test_somebody_who_opens_tls_behind_a_proxy(
     federation: Federation, through: tuple[object, Proxy], tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def test_a_refusal_tells_no_time(server: Https, client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("ahead", "uncertainty", "level", "beginning"),
     [
-        (0.0, 0.002, "ok", "this machine's clock is 0 ms behind the SuperLink's (± 2 ms)"),
+        (0.0, 0.002, "ok", "this machine's clock is 0.0 ms behind the SuperLink's (± 2.0 ms)"),
         (1.9, 0.01, "ok", "this machine's clock is 1.9 s ahead of the SuperLink's (± 10 ms)"),
         (
             2.1,

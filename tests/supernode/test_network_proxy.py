@@ -130,15 +130,23 @@ def test_a_network_in_no_proxy_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("variables", "why"),
+    ("variables", "names", "why"),
     [
-        ("ALL_PROXY=socks5://me:secret@proxy.lab:1080", "SOCKS is not supported"),
-        ("HTTPS_PROXY=ftp://me:secret@proxy.lab", "not a proxy's URL or a list of hosts"),
-        ("HTTPS_PROXY=http://me:secret@proxy.lab:port", "not a proxy's URL or a list of hosts"),
+        ("ALL_PROXY=socks5://me:secret@proxy.lab:1080", "ALL_PROXY", "SOCKS is not supported"),
+        ("HTTP_PROXY=socks5://me:secret@proxy.lab:1080", "HTTP_PROXY", "SOCKS is not supported"),
+        ("HTTPS_PROXY=ftp://me:secret@proxy.lab", "HTTPS_PROXY", "not a proxy's URL or a list"),
+        (
+            "HTTPS_PROXY=http://me:secret@proxy.lab:port",
+            "HTTPS_PROXY",
+            "not a proxy's URL or a list",
+        ),
+        # An IPv6 network without any proxy: httpx ends with InvalidURL.
+        ("NO_PROXY=localhost,::1/128", "NO_PROXY", "not a proxy's URL or a list of hosts"),
+        ("https_proxy=http://proxy.lab NO_PROXY=fe80::/10", "https_proxy and NO_PROXY", "a list"),
     ],
 )
 def test_variables_that_stop_flowers_client(
-    monkeypatch: pytest.MonkeyPatch, variables: str, why: str
+    monkeypatch: pytest.MonkeyPatch, variables: str, names: str, why: str
 ) -> None:
     environment(monkeypatch, variables)
     with pytest.raises((ImportError, ValueError, httpx.InvalidURL)):
@@ -146,9 +154,8 @@ def test_variables_that_stop_flowers_client(
     with pytest.raises(UnusableProxyError):
         proxy_for(LINK)
     finding = proxy.check([LINK], inherited=True)
-    name = variables.partition("=")[0]
     assert (finding.level, finding.exit_code) == ("fail", 15)
-    assert finding.sentence.startswith(f"Flower's HTTP client cannot work with {name} and NO_PROXY")
+    assert finding.sentence.startswith(f"Flower's HTTP client cannot work with {names}: ")
     assert why in finding.sentence
     assert "secret" not in f"{finding}"
     assert "http://host:port" in (finding.remedy or "")

@@ -147,7 +147,7 @@ def test_a_site_that_is_well(site: Site) -> None:
         "no proxy is set: connections go straight to the federation",
         f"the enrolment service {site.enrolment}: {steps}",
         f"the SuperLink {site.superlink}: {steps}",
-        rf"this machine's clock is \d+ ms (ahead of|behind) the SuperLink's \(± {took}\)",
+        rf"this machine's clock is \d+(\.\d)? ms (ahead of|behind) the SuperLink's \(± {took}\)",
         rf"{rate} up, {rate} down, {took} round trip; messages go in chunks of .*, a round's in {took}",
         rf".* free for {site.state} and {site.cache}; a run takes up to 5\.0 MB more",
         r".* of .* of memory free; training takes about 1\.0 MB",
@@ -274,6 +274,14 @@ def test_a_link_that_cannot_be_measured(lone: Site) -> None:
     assert by_name(report, "round").sentence.startswith(
         "a round takes about 80 s: 80 s of work on cpu and no time for transfer, which was not measured; 1.0 MB down"
     )
+
+
+def test_servers_that_do_not_tell_the_time(lone: Site, servers: tuple[Https, Https]) -> None:
+    for server in servers:
+        server.body = b"{}"
+    finding = by_name(check(lone), "clock")
+    assert (finding.level, finding.exit_code) == ("warning", 0)
+    assert finding.sentence == "the clock was not compared: no server told the time"
 
 
 def test_the_clock_is_compared_with_whom_answers(
@@ -482,6 +490,15 @@ def test_a_key_that_others_may_read(lone: Site, name: str) -> None:
     assert finding.remedy == f"Run 'chmod 600 {lone.identity / name}'."
 
 
+@pytest.mark.parametrize("name", ["identity/tls.key", "identity/node.key", "superexec/tls.key"])
+def test_a_key_that_everybody_may_read(lone: Site, name: str) -> None:
+    path = lone.directory / name
+    path.chmod(0o644)
+    finding = identities(lone)[path.parent.name]
+    failed(finding, f"^{path} is open to every user$")
+    assert finding.remedy == f"Run 'chmod 600 {path}'."
+
+
 def test_the_identity_of_another_site(lone: Site) -> None:
     found = identities(replace(lone, name="site-b"))
     failed(found["identity"], "is the identity spiffe://test/site/site-a, and the site is 'site-b'")
@@ -562,7 +579,7 @@ def test_sizes(count: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.0004, "0 ms"), (0.0354, "35 ms"), (1, "1 s"), (4.25, "4.2 s"), (119, "119 s"), (120, "2 min"),
+        (0.0004, "0.4 ms"), (0.0354, "35 ms"), (1, "1 s"), (4.25, "4.2 s"), (119, "119 s"), (120, "2 min"),
         (754, "12.6 min"), (7200, "2 h"), (172_800, "2.0 days"),
     ],
 )  # fmt: skip
