@@ -400,15 +400,26 @@ def test_the_end_is_warned_of_once(
 
 
 def test_an_expired_certificate_asks_nobody(
-    fleet: Fleet, signer: Signer, service: Serving, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, service: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """It would be turned away every few seconds for ever; a fresh one in its place is taken over."""
     site = fleet.identity(Role.SITE, "site-a")
     key = load_key(site.key).public_key()
     expired = fleet.authority.issue(key, Role.SITE, "site-a", lifetime=timedelta(seconds=-1))
-    (site.certificate).write_bytes(pem_certificate(expired))
+    site.certificate.write_bytes(pem_certificate(expired))
     gone = Identity(site.directory, Peer.of(expired), expired.not_valid_after_utc)
-    Follower(gone, address(service)).look()
-    assert signer.requests == []
+    follower = Follower(gone, address(service))
+    for _ in range(3):
+        follower.look()
+    assert service.handshakes == []
+    assert said(caplog, logging.WARNING) == []
+    stays, ended = said(caplog, logging.ERROR)
+    assert stays.startswith("the certificate in use stays: ")
+    assert "after that nobody lets this process in" in ended
+    caplog.set_level(logging.INFO)
+    new = replace(site, fleet.authority)
+    follower.look()
+    assert f"{new.serial_number:x} of" in said(caplog, logging.INFO)[-1]
 
 
 def test_files_that_somebody_else_replaced_are_taken_over(
