@@ -36,7 +36,7 @@ _log = logging.getLogger("vlafleet.superexec")
 
 # Hands the identity from SuperExec to the task processes it starts.
 IDENTITY = "VLAFLEET_IDENTITY"
-# ... and where its Runtime API listens, host:port.
+# Tells a ServerApp where the SuperLink listens, host:port.
 RUNTIME = "VLAFLEET_RUNTIME"
 # glibc hands blocks of a megabyte and more back to the system while this is fixed. Left alone it grows with the first
 # update that is freed, and the ServerApp keeps holes of that size. Read when a process starts.
@@ -49,7 +49,7 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
     A site's SuperExec renews its certificate through its SuperNode, the SuperLink's at ``enrolment``. Its tasks use
     the same files, and so the renewed ones.
     """
-    os.environ.update({IDENTITY: str(identity.directory.absolute()), RUNTIME: address})
+    os.environ[IDENTITY] = str(identity.directory.absolute())
     quiet()
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
@@ -62,7 +62,7 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
 
     with contextlib.ExitStack() as stack:
         if identity.peer.name == SUPERLINK_NAME:
-            os.environ.update(SERVERAPP_ENVIRONMENT)
+            os.environ.update({**SERVERAPP_ENVIRONMENT, RUNTIME: address})
             follow(identity, enrolment)
         else:
             # ClientApps inherit where it listens. It has no use for the identity.
