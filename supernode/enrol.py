@@ -6,6 +6,7 @@ Nothing of the site's is sent before the service has proven, in a second connect
 import base64
 import contextlib
 import json
+import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -156,7 +157,7 @@ def _ask(
     while True:
         pause: float | None
         try:
-            answer = _once(client, method, path, body)
+            answer = _once(client, method, path, body, until)
         except (httpx.HTTPError, httpx.InvalidURL, OverflowError, UnicodeError) as error:
             untrusted = _untrusted(error)
             if untrusted is not None:
@@ -182,23 +183,24 @@ def _ask(
         time.sleep(pause)
 
 
-def _once(client: httpx.Client, method: str, path: str, body: Any) -> httpx.Response:
-    """Send one request and read an answer of bounded size."""
+def _once(client: httpx.Client, method: str, path: str, body: Any, until: float) -> httpx.Response:
+    """Send one request and read an answer of bounded size, at ``until`` (monotonic) at the latest."""
     with client.stream(method, path, json=body) as response:
         content = bytearray()
         for piece in response.iter_raw():
             content += piece
             if len(content) > _MAX_ANSWER_BYTES:
-                raise httpx.DecodingError("the answer is too large")
+                raise httpx.ReadError("the answer is too large")
+            if time.monotonic() > until:
+                raise httpx.ReadTimeout("the answer took too long")
     return httpx.Response(response.status_code, headers=response.headers, content=bytes(content))
 
 
 def _retry_after(answer: httpx.Response) -> float:
     """Return the seconds that a busy service asks for, two where it does not say."""
-    try:
-        return min(max(float(answer.headers["retry-after"]), 0.1), _PATIENCE_SECONDS)
-    except (KeyError, ValueError):
-        return 2.0
+    said = answer.headers.get("retry-after", "")
+    # Ten digits: a number that a float holds.
+    return max(float(said), 0.1) if re.fullmatch(r"[0-9]{1,10}", said) else 2.0
 
 
 def _untrusted(error: BaseException | None) -> str | None:
@@ -223,7 +225,7 @@ def _refusal(answer: httpx.Response, address: str) -> FleetError:
     """Return the error that an answer's code stands for, with the service's own sentence."""
     record = _json(answer, address)
     code = record.get("code") if isinstance(record, Mapping) else None
-    if code not in CODES:
+    if not isinstance(code, str) or code not in CODES:
         return ConnectionRefusedByFleetError(
             f"the enrolment service at {address} answered {answer.status_code}"
         )

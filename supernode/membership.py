@@ -20,7 +20,7 @@ from certs.errors import CertificateError, FleetError
 from certs.files import ensure_key, read, write_atomic
 from certs.identity import Identity, ensure_node_key, is_issued_by, store_identity
 from certs.roles import Peer, Role
-from supernode.site import Site
+from supernode.site import Site, is_address
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ def check(membership: Membership, site: Site, keys: Keys, fingerprint: str) -> N
             f"the membership is of the site {membership.site!r} of {membership.federation!r}, "
             f"not of {site.name!r} of {site.federation!r}"
         )
+    for address in (membership.superlink, membership.enrolment):
+        if not is_address(address):
+            raise CertificateError(f"the membership's address {address!r} is not host:port")
     try:
         authorities = x509.load_pem_x509_certificates(membership.authority.encode())
     except (ValueError, x509.InvalidVersion) as error:

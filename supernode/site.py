@@ -51,7 +51,7 @@ class Site:
         except CertificateError as error:
             raise ConfigError(str(error)) from error
         for what, address in (("SuperLink", self.superlink), ("enrolment", self.enrolment)):
-            if address and not _ADDRESS.fullmatch(address):
+            if address and not is_address(address):
                 raise ConfigError(f"the {what} address {address!r} is not host:port")
         if not self.dataset or not self.dataset.isprintable():
             raise ConfigError(f"the dataset {self.dataset!r} is neither a path nor hf:owner/name")
@@ -145,6 +145,11 @@ class Site:
                 f"{self.directory} is the site {self.name!r} of the federation {self.federation!r}, "
                 f"not {name!r} of {federation!r}: choose another --directory"
             )
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is ``host:port``."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 def default_directory(name: str) -> Path:
