@@ -5,7 +5,7 @@ network. What cannot be looked at because of another failure is said where that 
 """
 
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import httpx
 from certs.contexts import anonymous_context, client_context, enrolment_server
 from certs.enrolment import AUTHORITY_PATH, SITES_PATH
 from certs.errors import CertificateError, FleetError, first_line
-from certs.files import load_certificate
+from certs.files import load_certificate, load_certificates, pem_certificate
 from certs.identity import Identity
 from certs.lifetime import renew_at
 from certs.roles import Role
@@ -131,8 +131,9 @@ def _open_key(directory: Path, mask: int) -> Path | None:
     """Return a private key of an identity that more than its owner may read, by these bits of its mode."""
     for name in ("tls.key", "node.key"):
         path = directory / name
-        if path.exists() and path.stat().st_mode & mask:
-            return path
+        with suppress(OSError):  # what cannot be read is not loaded either, which is said then
+            if path.stat().st_mode & mask:
+                return path
     return None
 
 
@@ -183,11 +184,12 @@ def _network(site: Site, identity: Identity | None) -> tuple[list[Finding], link
 
 
 def _authorities(site: Site) -> str:
-    """The federation's bundle, PEM; empty where it cannot be read, which the identity's finding says."""
+    """The federation's bundle, PEM; empty where it cannot be used, which the identity's finding says."""
     try:
-        return (site.identity / "ca.crt").read_text()
-    except (OSError, UnicodeDecodeError):
+        found = load_certificates(site.identity / "ca.crt", "authority certificate")
+    except CertificateError:
         return ""
+    return b"".join(map(pem_certificate, found)).decode()
 
 
 def _clock(*servers: tuple[Server, httpx.Client | None]) -> Finding | None:

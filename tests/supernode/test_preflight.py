@@ -518,6 +518,14 @@ def test_without_an_identity_the_network_is_looked_at(lone: Site) -> None:
     assert report.exit_code == 10
 
 
+def test_with_a_damaged_bundle_the_network_is_looked_at(lone: Site) -> None:
+    (lone.identity / "ca.crt").write_bytes(b"\xff no certificate")
+    report = check(lone)
+    assert by_name(report, "identity").exit_code == 10
+    assert by_name(report, "enrolment").level == "warning"
+    assert "TLS was not checked" in by_name(report, "enrolment").sentence
+
+
 def test_without_any_file_the_network_is_looked_at(lone: Site) -> None:
     shutil.rmtree(lone.identity)
     report = check(lone)
