@@ -163,7 +163,8 @@ def _ask(
             if untrusted is not None:
                 raise ConnectionRefusedByFleetError(
                     f"the server at {address} is not the federation's enrolment service: "
-                    f"{untrusted}; nothing was sent to it"
+                    f"{untrusted}; nothing was sent to it. If the federation has another authority "
+                    "since the invitation was made, ask its operator for a new one"
                 ) from error
             pause = next(pauses, None)
             if pause is None:

@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+from certs.enrolment import keys_fingerprint
 from certs.errors import CertificateError, ConfigError
 from certs.files import write_atomic
 from supernode.join import Say, become, bring_up, is_member, with_addresses
@@ -25,9 +26,12 @@ def request(site: Site, out: Path, say: Say) -> None:
         keys = Keys.ensure(site)
         site.save()
         say(f"keys        in {site.identity} and {site.superexec}, for their owner only")
-        application = json.dumps(keys.application(site).to_json(), indent=2)
-        write_atomic(out, application.encode() + b"\n")
+        application = keys.application(site)
+        write_atomic(out, json.dumps(application.to_json(), indent=2).encode() + b"\n")
     say(f"request     {out}: bring it to the federation's operator, it holds no secret")
+    say(
+        f"keys        {keys_fingerprint(*application.keys())}, what 'site approve' has to show as well"
+    )
     say(
         "next        vlafleet site accept MEMBERSHIP --fingerprint HEX, with the operator's file, and the fingerprint "
         "from the operator's own mouth"

@@ -148,8 +148,8 @@ class Site:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is ``host:port``."""
-    return _ADDRESS.fullmatch(text) is not None
+    """Whether a text is ``host:port``: a DNS name, an IPv4 address, an IPv6 one in brackets; port 1 to 65535."""
+    return bool(_ADDRESS.fullmatch(text)) and 0 < int(text.rpartition(":")[2]) < 65536
 
 
 def default_directory(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from certs.enrolment import Application
+from certs.enrolment import Application, keys_fingerprint
 from certs.errors import CertificateError, ConfigError
 from certs.identity import Identity
 from certs.roles import Role
@@ -71,9 +71,12 @@ def test_a_site_joins_by_files(fleet: Fleet, site: Site) -> None:
 
 
 def test_the_request_holds_no_secret_and_stays_the_same_keys(site: Site) -> None:
-    first = requested(site)
+    said: list[str] = []
+    first = site.directory.parent / "request.json"
+    request(site, first, said.append)
     record = json.loads(first.read_text())
-    Application.from_json(record).keys()
+    fingerprint = keys_fingerprint(*Application.from_json(record).keys())
+    assert f"keys        {fingerprint}," in "\n".join(said)
     for name, key in keys(site.directory).items():
         body = b"".join(key.splitlines()[1:-1])[60:100]
         assert body not in first.read_bytes(), name

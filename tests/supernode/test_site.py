@@ -55,8 +55,11 @@ def test_it_is_read_from_anywhere(site: Site, monkeypatch: pytest.MonkeyPatch) -
     [
         ("federation", ["", "De mo", "../x", "a" * 64]),
         ("name", ["", "superlink", "Lab", "a/b"]),
-        ("superlink", ["fleet", "fleet:", "https://fleet:1", "fleet:9092/x", "a b:1", "fl\n:1"]),
-        ("enrolment", ["fleet", "user@fleet:1", "fleet:123456"]),
+        (
+            "superlink",
+            ["fleet", "fleet:", "https://fleet:1", "fleet:9092/x", "a b:1", "fl\n:1", "fl:0"],
+        ),
+        ("enrolment", ["fleet", "user@fleet:1", "fleet:123456", "fleet:65536"]),
         ("dataset", ["", "/data\n- privileged: true", "/da\x00ta"]),
         ("device", ["", "gpu", "cuda:", "cuda:-1", "cpu; rm", "cuda:1000"]),
         ("mode", ["", "docker", "Native"]),
