@@ -172,7 +172,7 @@ class _Following(ssl.SSLContext):
         self.identity = identity
         self._make = make
         self._lock = threading.Lock()
-        self._seen = self._signature()
+        self._seen = identity.version()
         self._current = make()
         with _living_lock:
             _contexts.add(self)
@@ -188,10 +188,10 @@ class _Following(ssl.SSLContext):
     def follow(self) -> None:
         """Take up the files if they changed; raise ``CertificateError`` when they cannot be used."""
         with self._lock:
-            signature = self._signature()
-            if signature != self._seen:
+            version = self.identity.version()
+            if version != self._seen:
                 # Noted first: files that cannot be used are not read again until they change.
-                self._seen = signature
+                self._seen = version
                 self._current = self._make()
 
     def _followed(self) -> ssl.SSLContext:
@@ -200,19 +200,6 @@ class _Following(ssl.SSLContext):
         except CertificateError as error:
             _log.error("the last good certificate stays in use: %s", error)
         return self._current
-
-    def _signature(self) -> list[tuple[int, int, int] | None]:
-        """Tell one version of the files from the next."""
-        identity = self.identity
-        signature: list[tuple[int, int, int] | None] = []
-        for path in (identity.certificate, identity.key, identity.authority):
-            try:
-                status = path.stat()
-            except OSError:
-                signature.append(None)
-            else:
-                signature.append((status.st_mtime_ns, status.st_ino, status.st_size))
-        return signature
 
 
 _contexts: weakref.WeakSet[_Following] = weakref.WeakSet()

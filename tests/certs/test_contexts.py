@@ -131,9 +131,9 @@ def test_files_that_cannot_be_used_leave_the_last_good_ones(
         assert len(told) == 1, "each damage is told once"
         assert str(superlink.certificate) in told[0]
         write_atomic(superlink.certificate, b"other damage")
+        reload(site)  # another directory's files are not its business
         with pytest.raises(CertificateError, match=r"tls\.crt is not a PEM certificate"):
             reload(superlink)
-        reload(site)  # another directory's business
         new = renew(superlink, authority)
         assert shown(running, context) == new.serial_number
 

@@ -216,23 +216,32 @@ def test_old_tls_and_plain_http_are_refused(
         assert {address for _, _, address in running.handshakes} == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize(
-    "opening",
-    [
-        b"",
-        b"\r\n",
-        b"POST /op",
-        b"POST /open HTTP/1.1\r\nhost: localhost\r\n",
-        b"POST /open HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf",
-        b"POST /open HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n",
-        REQUEST.replace(b"/echo", b"/open"),
-    ],
-    ids=["nothing", "blank", "line", "head", "body", "chunk", "afterwards"],
-)
+OPENINGS = {
+    "nothing": b"",
+    "blank": b"\r\n",
+    "line": b"POST /op",
+    "head": b"POST /open HTTP/1.1\r\nhost: localhost\r\n",
+    "body": b"POST /open HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nhalf",
+    "chunk": b"POST /open HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n",
+    "afterwards": REQUEST.replace(b"/echo", b"/open"),
+}
+# What keeps each of them going without ever completing a request.
+DRIPS = {
+    "nothing": b"\r\n",
+    "blank": b"\r\n",
+    "line": b"e",
+    "head": b"x",
+    "body": b"",
+    "chunk": b"1\r\nx\r\n",
+    "afterwards": b"\r\n",
+}
+
+
+@pytest.mark.parametrize("stage", OPENINGS)
 def test_a_stranger_that_dawdles_is_cut_off(
     enrolment: Identity,
     stranger: ssl.SSLContext,
-    opening: bytes,
+    stage: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It drips: every byte is progress of a kind, and none of them buys time."""
@@ -241,13 +250,13 @@ def test_a_stranger_that_dawdles_is_cut_off(
         serving(enrolment, anonymous={"/open": echo}) as running,
         connected(running, stranger) as connection,
     ):
-        connection.sendall(opening)
+        connection.sendall(OPENINGS[stage])
         ended = threading.Event()
 
         def drip() -> None:
             with contextlib.suppress(OSError):
                 while not ended.wait(0.1):
-                    connection.sendall(DRIP.get(opening, b"\r\n"))
+                    connection.sendall(DRIPS[stage])
 
         dripping = threading.Thread(target=drip)
         dripping.start()
@@ -256,11 +265,26 @@ def test_a_stranger_that_dawdles_is_cut_off(
         dripping.join()
 
 
-# What keeps each of them going without ever completing a request.
-DRIP = {
-    b"POST /op": b"e",
-    b"POST /open HTTP/1.1\r\nhost: localhost\r\n": b"x",
-}
+def test_an_early_answer_buys_no_time(
+    enrolment: Identity, stranger: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of a request that was answered before it ended is no request."""
+    monkeypatch.setattr(server, "_INCOMPLETE_SECONDS", 1.0)
+
+    async def hasty(_scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 204, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    with (
+        serving(enrolment, anonymous={"/open": hasty}) as running,
+        connected(running, stranger) as connection,
+    ):
+        connection.sendall(OPENINGS["body"])
+        assert b" 204 " in connection.recv(65536)
+        connection.sendall(b"whole")
+        connection.settimeout(4)  # before uvicorn's own limit for idle connections, 5 s
+        assert is_closed(connection)
 
 
 def test_a_request_that_is_served_may_take_longer(
