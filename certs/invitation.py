@@ -25,7 +25,7 @@ _CHECKSUM_BYTES = 4
 # No honest invitation comes near it: a host name has at most 253 characters.
 _MAX_CHARACTERS = 1024
 # A DNS name, an IPv4 address, or an IPv6 one in brackets; and a port.
-_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
+_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 
 def new_secret() -> bytes:
@@ -59,7 +59,8 @@ class Invitation:
             checked_site(self.site)
         except CertificateError as error:
             raise InvitationError(f"the invitation cannot be used: {error}") from error
-        if not _ADDRESS.fullmatch(self.address):
+        address = _ADDRESS.fullmatch(self.address)
+        if address is None or not 0 < int(address[2]) < 65536:
             raise InvitationError(f"the invitation's address {self.address!r} is not host:port")
         if not re.fullmatch(r"[0-9a-f]{64}", self.fingerprint) or len(self.secret) != 16:
             raise InvitationError("the invitation's fingerprint or secret has the wrong length")
