@@ -20,7 +20,7 @@ _GPU_RESERVE = 8 * GiB
 # The round's model, answer and residual are 0.4 GB each, moments being written 0.8 GB; decoders and the site's other
 # processes take about one more, and two are the file system's.
 _HOST_RESERVE = 6 * GiB
-# The site's state (2.8 GB for two runs), a download of the base, and what else shares the disk.
+# The site's state (2.8 GB for each of two runs), a download of the base, and what else shares the disk.
 _DISK_RESERVE = 20 * GiB
 
 

@@ -79,6 +79,7 @@ def describe(rotation: Rotation) -> list[str]:
         step, lacks = "switch", "has not got one yet"
     else:
         lines.append(f"authority {other} is trusted still, and signs nothing any more")
+        lines.append("invitations from before 'switch' let nobody in any more: make them anew")
         step, lacks = "finish", f"holds a certificate that authority {other} signed"
     lines += [
         f"{line.role} {line.name} {lacks}: {line.serial:x}, valid until "

@@ -305,7 +305,9 @@ def test_the_command_takes_each_step(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="would be cut off"):
         runner.invoke(cli, ["rotate", str(pki), "switch"], catch_exceptions=False)
     assert "kept" not in certs(*demo)
-    assert "'finish' waits for these" in certs("rotate", str(pki), "switch")
+    said = certs("rotate", str(pki), "switch")
+    assert "'finish' waits for these" in said
+    assert "invitations from before 'switch'" in said
     # The SuperLink's list is signed anew.
     crl = identity_directory(pki, Role.SUPERLINK, "superlink") / "crl.pem"
     assert (
