@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +40,7 @@ class Issued:
     def to_json(self) -> dict[str, object]:
         """Return the line as JSON values (the serial in hex, as OpenSSL prints it)."""
         return {
-            **asdict(self),
+            **vars(self),
             "serial": f"{self.serial:x}",
             "not_after": self.not_after.isoformat(),
             "revoked_at": self.revoked_at and self.revoked_at.isoformat(),
