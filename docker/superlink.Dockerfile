@@ -1,4 +1,4 @@
-# The SuperLink, and the operator's one-shot commands (certificates, registration, runs). Knows no torch.
+# The SuperLink, the enrolment service, and the operator's one-shot commands. Knows no torch.
 ARG BASE_IMAGE=python:3.12-slim@sha256:57cd7c3a7a273101a6485ba99423ee568157882804b1124b4dd04266317710de
 
 # uv, by hash. It is mounted where it is needed and is in no layer of the image.
@@ -32,7 +32,7 @@ RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
 # A number of its own, so that a file mode means the same on the host; the directories exist with that owner, so that
 # named volumes mounted there belong to it.
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin vlafleet \
-    && install -d -o vlafleet -g vlafleet -m 0700 /pki /identity /state
+    && install -d -o vlafleet -g vlafleet -m 0700 /pki /identity /state /audit
 
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
@@ -51,6 +51,6 @@ ENV PATH=/opt/vlafleet/bin:$PATH \
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 USER 10001:10001
 WORKDIR /home/vlafleet
-EXPOSE 9092
+EXPOSE 9092 9093
 ENTRYPOINT ["vlafleet"]
 CMD ["superlink", "--identity", "/identity", "--host", "0.0.0.0", "--port", "9092", "--state", "/state"]

@@ -16,7 +16,7 @@ Config = dict[str, Any]
 # Services that end by themselves.
 ONE_SHOT = {"pki", "register", "run", "fetch"}
 OUR_IMAGES = {"vlafleet-superlink", "vlafleet-supernode", "vlafleet-app"}
-PORT_NETWORKS = {"superlink-port", "prometheus-port", "grafana-port"}
+PORT_NETWORKS = {"superlink-port", "enrolment-port", "prometheus-port", "grafana-port"}
 
 
 @pytest.fixture(scope="module", params=["compose.yaml", "compose.gpu.yaml"])
@@ -94,24 +94,35 @@ def test_no_two_services_share_an_identity(config: Config) -> None:
             if part == "everything":
                 assert name == "pki"
                 continue
-            # Only what belongs to the operator is used twice: to register sites and to submit a run.
-            assert part == "operator/admin" or part not in seen, (name, seen)
-            assert not part.startswith("ca"), name
+            # The operator's is used to register sites and to submit a run; Prometheus' is renewed for it.
+            assert part in {"operator/admin", "monitor/prometheus"} or part not in seen, (
+                name,
+                seen,
+            )
             seen[part] = name
     assert seen["site/site-a"] == "site-a"
     assert seen["superexec/site-a"] == "site-a-app"
+    # The authority's key: whoever signs, and nobody else.
+    assert seen["ca"] == "enrolment"
+
+
+def test_an_identity_is_written_by_its_holder_only(config: Config) -> None:
+    """A process renews its own certificate; what it cannot renew it cannot write."""
     for name, service in services(config):
         for volume in service.get("volumes", []):
             if volume.get("source") == "pki" and name != "pki":
-                assert volume["read_only"] is True, name
+                holder = volume["target"] in {"/identity", "/ca"} and name != "prometheus"
+                assert volume.get("read_only", False) is not holder, (name, volume["target"])
 
 
 @pytest.mark.parametrize("site", ["site-a", "site-b"])
-def test_a_site_reaches_the_superlink_and_nothing_else(config: Config, site: str) -> None:
+def test_a_site_reaches_the_federations_two_servers_and_nothing_else(
+    config: Config, site: str
+) -> None:
     app = f"{site}-app"
-    # The app: its own SuperNode. The SuperNode: the SuperLink and its app.
+    # The app: its own SuperNode. The SuperNode: the SuperLink, who renews its certificate, and its app.
     assert reach(config, app) == {site}
-    assert reach(config, site) == {"superlink", app}
+    assert reach(config, site) == {"superlink", "enrolment", app}
     for network in networks(config, app) | networks(config, site):
         assert config["networks"][network]["internal"] is True
     # No key of the site and no other identity in the container that runs training code.
@@ -158,6 +169,7 @@ def test_ports_are_published_on_this_machine_only(config: Config) -> None:
     }
     assert published == {
         "superlink": [("127.0.0.1", 9092)],
+        "enrolment": [("127.0.0.1", 9093)],
         "prometheus": [("127.0.0.1", 9090)],
         "grafana": [("127.0.0.1", 3000)],
     }
