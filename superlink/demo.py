@@ -134,7 +134,11 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
     vlafleet("data", "make", str(data), *sites)
     datasets = {site: str((data / site).absolute()) for site in SITES}
     typer.echo("Starting SuperLink, SuperNodes and SuperExecs ...")
-    with federation(directory, datasets, runs.absolute(), port) as (control, processes):
+    # The enrolment service takes a second: other sites may join while the demo runs.
+    with federation(directory, datasets, runs.absolute(), port, enrolment=True) as (
+        control,
+        processes,
+    ):
         typer.echo(f"{' and '.join(SITES)} are online, over mutual TLS; logs: {processes.logs}")
         run_id = control.start(request)
         try:
