@@ -52,13 +52,16 @@ _HEADER: Final = """\
 #   docker compose -f {path} run --rm fetch lerobot/smolvla_base
 """
 
+_RESOLVE: Final = (
+    "import sys, pathlib; from app.policy import resolve_model; "
+    'resolve_model("hf:" + sys.argv[1], pathlib.Path("/tmp"))'
+)
 # What is there is not asked for again, so the site restarts without the hub. As docker/fetch.sh.
-_FETCH: Final = """\
+_FETCH: Final = f"""\
 for model in "$$@"; do
   stamp=/fetched/models/.complete-$$(printf '%s' "$$model" | tr / -)
   if [ ! -e "$$stamp" ]; then
-    python -c 'import sys, pathlib; from app.policy import resolve_model
-    resolve_model("hf:" + sys.argv[1], pathlib.Path("/tmp"))' "$$model"
+    python -c '{_RESOLVE}' "$$model"
     touch "$$stamp"
   fi
 done
@@ -116,7 +119,8 @@ def document(site: Site, uid: int, gid: int) -> dict[str, Any]:
     """Return the compose file's content for containers that run as ``uid`` and ``gid``."""
     networks: dict[str, Any] = {"uplink": {}, "inner": _INTERNAL, "hub": {}}
     return {
-        "name": f"vlafleet-{site.name}",
+        # A lab may be of several federations, under one name.
+        "name": f"vlafleet-{site.federation}-{site.name}",
         "services": {
             "supernode": _supernode(site, uid, gid),
             "app": _app(site, uid, gid),

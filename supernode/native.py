@@ -286,7 +286,8 @@ def _holder(directory: Path) -> int | None:
 
 def write_unit(site: Site) -> Path:
     """Write a unit for the user's systemd that runs the site; return its path."""
-    path = site.directory / f"vlafleet-{site.name}.service"
+    # A lab may be of several federations, under one name.
+    path = site.directory / f"vlafleet-{site.federation}-{site.name}.service"
     # The hub's own cache is outside the site's directory.
     hub = "ReadWritePaths=-%h/.cache/huggingface\n" if site.dataset.startswith("hf:") else ""
     write_atomic(
@@ -316,7 +317,7 @@ _UNIT: Final = """\
 #   vlafleet site stop --directory {place}
 #   systemctl --user enable --now {path}
 #   loginctl enable-linger          # also while you are not logged in
-# What it says: journalctl --user --unit vlafleet-{name}
+# What it says: journalctl --user --unit vlafleet-{federation}-{name}
 [Unit]
 Description=vlafleet site {name} of {federation}
 

@@ -50,7 +50,7 @@ def config(site: Site) -> dict[str, Any]:
 
 def test_compose_takes_the_file_as_it_was_meant(site: Site) -> None:
     rendered = config(site)
-    assert rendered["name"] == f"vlafleet-{site.name}"
+    assert rendered["name"] == f"vlafleet-demo-{site.name}"
     supernode, app = (rendered["services"][name] for name in ("supernode", "app"))
     assert set(rendered["services"]) == {"supernode", "app"}
     for service in (supernode, app):
@@ -150,7 +150,7 @@ def test_a_start_that_does_not_come_up_says_so_and_a_stop_leaves_nothing(
             compose.start(local)
     assert compose.running(site) is True
     assert compose.stop(site) is True
-    label = f"label=com.docker.compose.project=vlafleet-{site.name}"
+    label = f"label=com.docker.compose.project=vlafleet-demo-{site.name}"
     assert docker("ps", "--all", "--quiet", "--filter", label) == ""
     assert docker("network", "ls", "--quiet", "--filter", label) == ""
     assert compose.stop(site) is False

@@ -1,7 +1,9 @@
 """The compose file of a site as it is written, and what is said when docker is not there to take it."""
 
+import ast
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from certs.errors import ConfigError, ConnectionRefusedByFleetError, RunFailedError, ToolError
-from supernode import compose, compose_file
+from supernode import compose
 from supernode.site import Site
 
 Service = dict[str, Any]
@@ -102,7 +104,7 @@ def test_the_file_is_the_same_every_time_and_says_how_to_use_it(site: Site) -> N
     assert compose.write(site).read_text() == first
     assert f"docker compose -f {site.directory}/compose.yaml up --detach --wait" in first
     assert "&id" not in first
-    assert yaml.safe_load(first)["name"] == "vlafleet-lab-7"
+    assert yaml.safe_load(first)["name"] == "vlafleet-demo-lab-7"
 
 
 def test_one_gpu_is_reserved_and_is_the_containers_first(site: Site) -> None:
@@ -262,8 +264,28 @@ def test_what_was_never_written_does_not_run(site: Site, docker: Callable[[str],
     assert compose.stop(site) is False
 
 
-def test_the_fetch_script_is_a_shell_script(tmp_path: Path) -> None:
-    import subprocess
-
-    script = compose_file._FETCH.replace("$$", "$")
-    subprocess.run(["sh", "-n", "-c", script], check=True)
+def test_what_was_fetched_is_not_asked_for_again(site: Site, tmp_path: Path) -> None:
+    """The script of the service as a shell runs it; instead of python and hf something that notes what it is told."""
+    service = services(replace(site, dataset="hf:owner/name"))["fetch"]
+    entrypoint = [word.replace("$$", "$") for word in service["entrypoint"]]
+    entrypoint[2] = entrypoint[2].replace("/fetched", str(site.directory / "hub"))
+    folder, told = tmp_path / "bin", tmp_path / "told"
+    folder.mkdir()
+    for name in ("python", "hf"):
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {told}\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "DATASET": "owner/name"}
+    for _ in range(2):
+        subprocess.run([*entrypoint, "lerobot/smolvla_base"], check=True, env=environment)
+    model, dataset = told.read_text().splitlines()
+    code = model.removeprefix("python -c ").removesuffix(" lerobot/smolvla_base")
+    assert "resolve_model" in ast.unparse(ast.parse(code))
+    place = site.directory / "hub" / "datasets" / "owner" / "name"
+    assert dataset == (
+        f"hf download owner/name --repo-type dataset --revision v3.0 --local-dir {place}"
+    )
+    # What failed is asked for again.
+    (folder / "python").write_text("#!/bin/sh\nexit 3\n")
+    failed = subprocess.run([*entrypoint, "other/model"], check=False, env=environment)
+    assert failed.returncode == 3
+    assert not list((site.directory / "hub" / "models").glob("*other*"))
