@@ -34,7 +34,7 @@ def request(site: Site, out: Path, say: Say) -> None:
     )
     say(
         "next        vlafleet site accept MEMBERSHIP --fingerprint HEX, with the operator's file, and the fingerprint "
-        "from the operator's own mouth"
+        "as the operator tells it by another way"
     )
 
 

@@ -47,14 +47,15 @@ def presence(site: Site) -> Presence:
         raise RefusedError(f"the SuperLink at {site.superlink} answers {answer.status_code}")
     try:
         for entry in answer.json()["sites"]:
-            if entry["name"] == site.name:
+            # A site that was revoked and came back has a node of each time; Flower forgets none.
+            if entry["name"] == site.name and entry["status"] != "unregistered":
                 heartbeat = entry["last_heartbeat"]
                 return Presence(str(entry["status"]), heartbeat and float(heartbeat))
     except (ValueError, KeyError, TypeError) as error:
         raise ConnectionRefusedByFleetError(
             f"{unanswered}: it answers {answer.status_code} without a list of sites"
         ) from error
-    raise RefusedError(f"the SuperLink at {site.superlink} knows no site {site.name!r}")
+    raise RefusedError(f"the SuperLink at {site.superlink} has no SuperNode of {site.name}")
 
 
 def is_refused(site: Site) -> bool:

@@ -192,11 +192,11 @@ class Fleet:
             {
                 "name": node.name,
                 "node_id": str(node.node_id),
-                "status": self._status(node.name),
+                "status": node.status if node.status == "unregistered" else self._status(name),
                 "last_heartbeat": self.heartbeat if name in self.running else None,
             }
             for node in self.register.known
-            if node.name == name and node.status != "unregistered"
+            if node.name == name
         ]
         await answer_json(send, {"time": time.time(), "sites": sites})
 
@@ -227,12 +227,19 @@ class Fleet:
         return Report(site.name, [ok("dataset", f"{site.dataset} is fit")], dataset, None)
 
 
-def stand_in(fleet: Fleet, patch: Callable[[str, object], None]) -> None:
-    """Let joins start and check nothing real."""
+@contextlib.contextmanager
+def joinable(
+    directory: Path, free_port: Callable[[], int], patch: Callable[[str, object], None]
+) -> Iterator[Fleet]:
+    """Run a federation whose joins start and check nothing real."""
+    fleet = Fleet(directory / "fleet", f"localhost:{free_port()}", f"localhost:{free_port()}")
+    patch("supernode.enrol._PAUSES", (0.01, 0.01))
     patch("supernode.native.start", fleet.start)
     patch("supernode.native.stop", fleet.stop)
     patch("supernode.native.running", fleet.is_running)
     patch("supernode.preflight.check", fleet.check)
+    with fleet.serve():
+        yield fleet
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ from supernode import enrol, membership
 from supernode.findings import Report, fail
 from supernode.join import default_mode, join, stop
 from supernode.site import Site, locked
-from tests.joining import FEDERATION, Fleet, after, before, files, keys, stand_in
+from tests.joining import FEDERATION, Fleet, after, before, files, joinable, keys
 
 NAME = "lab-7"
 
@@ -38,11 +38,8 @@ NAME = "lab-7"
 def fleet(
     tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Fleet]:
-    monkeypatch.setattr("supernode.enrol._PAUSES", (0.01, 0.01))
-    made = Fleet(tmp_path / "fleet", f"localhost:{free_port()}", f"localhost:{free_port()}")
-    stand_in(made, monkeypatch.setattr)
-    with made.serve() as serving:
-        yield serving
+    with joinable(tmp_path, free_port, monkeypatch.setattr) as made:
+        yield made
 
 
 @pytest.fixture

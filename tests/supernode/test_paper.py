@@ -15,7 +15,7 @@ from certs.roles import Role
 from superlink.members import candidate
 from supernode.paper import accept, request
 from supernode.site import Site
-from tests.joining import FEDERATION, Fleet, after, files, keys, stand_in
+from tests.joining import FEDERATION, Fleet, after, files, joinable, keys
 
 NAME = "lab-7"
 
@@ -24,10 +24,8 @@ NAME = "lab-7"
 def fleet(
     tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Fleet]:
-    made = Fleet(tmp_path / "fleet", f"localhost:{free_port()}", f"localhost:{free_port()}")
-    stand_in(made, monkeypatch.setattr)
-    with made.serve() as serving:
-        yield serving
+    with joinable(tmp_path, free_port, monkeypatch.setattr) as made:
+        yield made
 
 
 @pytest.fixture
