@@ -1,6 +1,8 @@
 """A server of this project in this process, for the tests of TLS and guard that need no Flower."""
 
 import contextlib
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -104,6 +106,28 @@ def serving(
         thread.join(20)
         listener.close()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def connected(running: Serving, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    """An open connection that speaks no HTTP yet."""
+    with (
+        socket.create_connection(("localhost", running.port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as tls,
+    ):
+        yield tls
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server ends the connection within the socket's time."""
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
