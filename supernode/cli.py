@@ -79,7 +79,7 @@ def join(
     from certs.invitation import Invitation
     from supernode.join import join as run_join
 
-    decoded = Invitation.decode(sys.stdin.readline() if invitation == "-" else invitation)
+    decoded = Invitation.decode(_typed() if invitation == "-" else invitation)
     mode = _mode(compose, helm, native)
     site = _planned(decoded.federation, decoded.site, directory, dataset, device, mode)
     run_join(site, decoded, typer.echo)
@@ -87,12 +87,18 @@ def join(
 
 def check(
     directory: DirectoryOption = None,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run-config", "-c", help="Settings of the runs to come, 'key=value key=value'."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check machine, network and dataset of a site; exit as the first fail says."""
     from supernode.preflight import check as run_check
 
-    report = run_check(Site.load(directory or only_directory()))
+    report = run_check(Site.load(directory or only_directory()), run_config or [])
     typer.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
     report.require()
 
@@ -145,6 +151,11 @@ def stop(directory: DirectoryOption = None) -> None:
             f"{site.name} is run by Helm: 'helm list' names its release, 'helm uninstall' ends it"
         )
     typer.echo(f"{site.name} {'stopped' if stop_site(site) else 'was not running'}")
+
+
+def _typed() -> str:
+    """Return a line that is typed, or all of a pipe: a mail program may have wrapped it."""
+    return sys.stdin.readline() if sys.stdin.isatty() else sys.stdin.read(1 << 16)
 
 
 def _mode(compose: bool, helm: bool, native: bool) -> Mode | None:

@@ -92,6 +92,7 @@ def test_any_text_in_a_field_is_refused_with_one_kind_of_error(name: str, text: 
 
 
 @given(JSON)
+@settings(deadline=None)
 def test_any_json_is_refused_with_one_kind_of_error(record: Any) -> None:
     with pytest.raises(CertificateError):
         Application.from_json(record)

@@ -48,6 +48,7 @@ def refused_or(invitation: Invitation, text: str) -> None:
 
 
 @given(INVITATIONS)
+@settings(deadline=None)
 def test_round_trip(invitation: Invitation) -> None:
     text = invitation.encode()
     assert text.startswith(PREFIX)
@@ -59,6 +60,7 @@ def test_round_trip(invitation: Invitation) -> None:
 @given(
     INVITATIONS, st.lists(st.tuples(st.integers(0, 1000), st.sampled_from(" \t\r\n")), max_size=9)
 )
+@settings(deadline=None)
 def test_white_space_of_a_copy_is_ignored(
     invitation: Invitation, spaces: list[tuple[int, str]]
 ) -> None:
@@ -69,7 +71,7 @@ def test_white_space_of_a_copy_is_ignored(
 
 
 @given(INVITATIONS, st.data())
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_a_changed_character_is_noticed(invitation: Invitation, data: st.DataObject) -> None:
     text = invitation.encode()
     at = data.draw(st.integers(0, len(text) - 1))
@@ -79,7 +81,7 @@ def test_a_changed_character_is_noticed(invitation: Invitation, data: st.DataObj
 
 
 @given(INVITATIONS, st.data())
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_a_cut_a_swap_or_an_insertion_is_noticed(
     invitation: Invitation, data: st.DataObject
 ) -> None:
@@ -110,12 +112,14 @@ def test_every_single_change_of_one_invitation_is_noticed() -> None:
 @given(
     st.one_of(st.text(), st.text().map(PREFIX.__add__), st.binary().map(lambda b: PREFIX + b.hex()))
 )
+@settings(deadline=None)
 def test_any_text_is_refused_with_one_kind_of_error(text: str) -> None:
     with pytest.raises(InvitationError):
         Invitation.decode(text)
 
 
 @given(st.binary(max_size=300))
+@settings(deadline=None)
 def test_any_content_with_a_right_checksum_is_refused_or_whole(content: bytes) -> None:
     """The checksum protects nothing; whoever computes it still gets one kind of error."""
     data = content + hashlib.sha256(content).digest()[:4]
@@ -166,6 +170,7 @@ def test_an_expiry_that_is_no_time_is_refused(expires: int) -> None:
 
 
 @given(INVITATIONS)
+@settings(deadline=None)
 def test_the_secret_is_in_no_text_but_the_invitation(invitation: Invitation) -> None:
     assume(len(set(invitation.secret)) > 4)  # zeros are everywhere
     for said in (repr(invitation), str(invitation), f"{invitation}"):

@@ -72,7 +72,7 @@ def test_an_invitation_is_read_where_nobody_sees_it(
     """Standard input, or a variable that what is started does not inherit."""
     text = fleet.invite(NAME).encode()
     read, write = os.pipe()
-    os.write(write, f"{text}\n".encode())
+    os.write(write, f"{text[:40]}\n  {text[40:]}\n".encode())
     os.close(write)
     with os.fdopen(read) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)

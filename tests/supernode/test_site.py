@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certs.errors import ConfigError, StorageError
@@ -79,6 +79,7 @@ def test_addresses_of_every_kind_are_taken(address: str) -> None:
 
 
 @given(st.recursive(st.none() | st.text() | st.integers(), st.lists, max_leaves=4))
+@settings(deadline=None)
 def test_a_damaged_file_is_one_sentence(record: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for content in (
