@@ -72,3 +72,16 @@ def test_a_source_beyond_its_burst_is_closed(door: Door, clock: Clock) -> None:
     assert let_in(door, "127.0.0.2", 3) == 0
     clock.now += 2
     assert let_in(door, "127.0.0.2", 3) == 2
+
+
+def test_a_flood_does_not_hold_up_those_inside(door: Door) -> None:
+    """One call closes so many, and then says that nobody is there."""
+    assert let_in(door, "127.0.0.4", BURST) == BURST
+    flood = [socket.create_connection(door.getsockname(), 10, ("127.0.0.4", 0)) for _ in range(40)]
+    welcome = socket.create_connection(door.getsockname(), 10, ("127.0.0.5", 0))
+    with pytest.raises(BlockingIOError):
+        door.accept()
+    connection, address = door.accept()
+    assert address[0] == "127.0.0.5"
+    for each in (*flood, welcome, connection):
+        each.close()
