@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,13 @@ class Look:
     estimate: dict[str, Any] | None = None
 
 
-def look(site: Site) -> Look:
-    """Have the app check the site's dataset, for the site's device."""
+def look(site: Site, run_config: Sequence[str] = ()) -> Look:
+    """Have the app check the site's dataset, for the site's device and a run of ``run_config``."""
     if (missing := _without_app(site)) is not None:
         return Look([missing])
     try:
         done = subprocess.run(
-            _command(site),
+            _command(site, run_config),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -85,13 +86,14 @@ def _without_app(site: Site) -> Finding | None:
     )
 
 
-def _command(site: Site) -> list[str]:
+def _command(site: Site, run_config: Sequence[str]) -> list[str]:
+    settings = [word for line in run_config for word in ("--run-config", line)]
     if site.mode == "compose":
         from supernode.compose import check_command
 
-        return check_command(site)
-    options = ["--json", "--device", site.device]
-    return [sys.executable, "-m", "vlafleet", "data", "check", site.dataset, *options]
+        return [*check_command(site), *settings]
+    command = [sys.executable, "-m", "vlafleet", "data", "check", site.dataset]
+    return [*command, "--json", "--device", site.device, *settings]
 
 
 def _read(site: Site, answer: dict[str, Any]) -> Look:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from certs.contexts import (
     anonymous_context,
@@ -85,6 +86,22 @@ def authority_of(address: str, fingerprint: str) -> str:
     )
 
 
+def inviter(invitation: Invitation) -> str:
+    """Return the certificate (PEM) of the authority that an invitation names.
+
+    Raises ``InvitationError`` when the service at its address has another one, or it is another federation's.
+    """
+    authority = authority_of(invitation.address, invitation.fingerprint)
+    subject = x509.load_pem_x509_certificate(authority.encode()).subject
+    names = [name.value for name in subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)]
+    if names != [invitation.federation]:
+        raise InvitationError(
+            f"the invitation is for the federation {invitation.federation!r}, and the authority it names is "
+            f"that of {', '.join(map(repr, names)) or 'none'}: it was altered; ask the operator for another one"
+        )
+    return authority
+
+
 def enrol(invitation: Invitation, application: Application) -> Membership:
     """Apply with an invitation; the same application may be sent again, and gets the same membership.
 
@@ -93,7 +110,7 @@ def enrol(invitation: Invitation, application: Application) -> Membership:
     federation cannot answer.
     """
     refuse_unfit(invitation, application.federation, application.site)
-    authority = authority_of(invitation.address, invitation.fingerprint)
+    authority = inviter(invitation)
     secret = base64.urlsafe_b64encode(invitation.secret).rstrip(b"=").decode()
     body = {"invitation": secret, "application": application.to_json()}
     with _client(invitation.address, anonymous_context(authority, invitation.federation)) as client:

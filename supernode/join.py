@@ -22,7 +22,7 @@ from certs.errors import (
 from certs.identity import Identity
 from certs.invitation import Invitation
 from certs.roles import Role
-from supernode.enrol import RetiredKeyError, authority_of, enrol, refuse_unfit, report_dataset
+from supernode.enrol import RetiredKeyError, enrol, inviter, refuse_unfit, report_dataset
 from supernode.membership import Keys, check, discard, forget, identities, keep, kept, store
 from supernode.presence import Presence, is_refused, presence
 from supernode.site import Mode, Site, locked
@@ -47,7 +47,7 @@ def join(site: Site, invitation: Invitation, say: Say) -> None:
     member = known is not None and is_member(known, say)
     if not member and kept(site) is None:
         refuse_unfit(invitation, site.federation, site.name)
-        authority_of(invitation.address, invitation.fingerprint)
+        inviter(invitation)
         say(
             f"authority   of {site.federation} at {invitation.address}, as the invitation says: "
             f"{invitation.fingerprint}"

@@ -5,6 +5,7 @@ network. What cannot be looked at because of another failure is said where that 
 """
 
 import stat
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -31,10 +32,13 @@ __all__ = ["Finding", "Report", "check"]
 _ROUND_TIMEOUT_SECONDS = 600.0
 
 
-def check(site: Site) -> Report:
-    """Look at everything; takes seconds, and the time that the app needs for the dataset."""
+def check(site: Site, run_config: Sequence[str] = ()) -> Report:
+    """Look at everything; takes seconds, and the time that the app needs for the dataset.
+
+    What a round takes is estimated for a run of ``run_config`` (``'key=value key=value'``), by default the app's own.
+    """
     identities, identity = _identities(site)
-    look = dataset.look(site)
+    look = dataset.look(site, run_config)
     network, measured = _network(site, identity)
     here: list[Finding] = []
     if site.mode == "helm":

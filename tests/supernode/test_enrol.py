@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def test_another_authority_gets_nothing(fleet: Fleet) -> None:
         InvitationError, match=r"fingerprint abababababababab\.\.\..*nothing was sent"
     ):
         enrol(invitation, APPLICATION)
+    assert fleet.asked == [("GET", "/v1/authority")]
+
+
+def test_an_invitation_to_another_federation_gets_nothing(fleet: Fleet) -> None:
+    application = replace(APPLICATION, federation="other")
+    with pytest.raises(InvitationError, match=r"'other'.*is that of 'test'"):
+        enrol(fleet.invite(NAME, federation="other"), application)
     assert fleet.asked == [("GET", "/v1/authority")]
 
 

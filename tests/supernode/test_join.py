@@ -120,7 +120,7 @@ class Crash(BaseException):
 
 # Where a join may be interrupted, in order.
 STEPS = [
-    "supernode.join.authority_of",
+    "supernode.join.inviter",
     "supernode.membership.ensure_node_key",
     "supernode.membership.ensure_key",
     "supernode.join.enrol",
@@ -325,10 +325,8 @@ def test_an_invitation_of_another_federation_sends_nothing(fleet: Fleet, site: S
         joined(site, invitation)
     assert fleet.asked == []
     assert not site.directory.exists()
-    # Altered on purpose, it meets a server that is not of that federation: its secret stays here.
-    with pytest.raises(
-        ConnectionRefusedByFleetError, match="expected enrolment 'enrolment' of 'other'"
-    ):
+    # Altered on purpose, it names an authority that is not of that federation: its secret stays here.
+    with pytest.raises(InvitationError, match=r"for the federation 'other'.*that of 'test'"):
         joined(planned(site.directory, federation="other"), invitation)
     assert {path for _, path in fleet.asked} == {"/v1/authority"}
 

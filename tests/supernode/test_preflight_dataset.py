@@ -40,7 +40,7 @@ def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answering:
     """Have a real process do what a line of Python says, in the app's place."""
 
     def run(code: str) -> Look:
-        monkeypatch.setattr(dataset, "_command", lambda _: [sys.executable, "-c", code])
+        monkeypatch.setattr(dataset, "_command", lambda *_: [sys.executable, "-c", code])
         return look(a_site(tmp_path))
 
     return run
@@ -131,14 +131,14 @@ def test_a_check_that_does_not_end(answering: Answering, monkeypatch: pytest.Mon
 
 
 def test_a_program_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_command", lambda _: ["no-such-docker", "compose"])
+    monkeypatch.setattr(dataset, "_command", lambda *_: ["no-such-docker", "compose"])
     (finding,) = look(a_site(tmp_path)).findings
     assert (finding.level, finding.exit_code) == ("fail", 14)
     assert finding.sentence == "no-such-docker cannot be run: No such file or directory"
 
 
 def test_a_command_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Site) -> list[str]:
+    def refuse(*_: object) -> list[str]:
         raise ToolError("docker is not installed")
 
     monkeypatch.setattr(dataset, "_command", refuse)
@@ -189,15 +189,15 @@ def test_a_cluster_checks_it_itself(tmp_path: Path) -> None:
 
 def test_native_and_helm_ask_the_app_beside_them(tmp_path: Path) -> None:
     for mode in ("native", "helm"):
-        assert dataset._command(a_site(tmp_path, mode)) == [
+        assert dataset._command(a_site(tmp_path, mode), ["rounds=1 codec=int4"]) == [
             *(sys.executable, "-m", "vlafleet", "data", "check", "/data/pick"),
-            *("--json", "--device", "cpu"),
+            *("--json", "--device", "cpu", "--run-config", "rounds=1 codec=int4"),
         ]
 
 
 @pytest.mark.usefixtures("_without_lerobot")
 def test_compose_asks_the_app_in_its_container(tmp_path: Path) -> None:
-    command = dataset._command(a_site(tmp_path, "compose"))
+    command = dataset._command(a_site(tmp_path, "compose"), ["rounds=1"])
     assert command[:2] == ["docker", "compose"]
-    assert command[-3:] == ["--json", "--device", "cpu"]
+    assert command[-5:] == ["--json", "--device", "cpu", "--run-config", "rounds=1"]
     assert dataset._without_app(a_site(tmp_path, "compose")) is None
