@@ -9,7 +9,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -222,7 +222,7 @@ class Fleet:
         site = Site.find(directory)
         return site is not None and site.name in self.running
 
-    def check(self, site: Site) -> Report:
+    def check(self, site: Site, _run_config: Sequence[str] = ()) -> Report:
         dataset = {"episodes": 4, "frames": 400, "bytes": 12345, "fps": 30, "cameras": ["top"]}
         return Report(site.name, [ok("dataset", f"{site.dataset} is fit")], dataset, None)
 

@@ -130,9 +130,7 @@ def test_a_check_exits_as_its_first_fail(
         fail("clock", "the clock is 9 s ahead", "Run timedatectl set-ntp true", ClockError),
         fail("dataset", "it is empty", "Record some", DatasetError),
     ]
-    monkeypatch.setattr(
-        "supernode.preflight.check", lambda _site: Report(NAME, findings, None, None)
-    )
+    monkeypatch.setattr("supernode.preflight.check", lambda *_: Report(NAME, findings, None, None))
     capsys.readouterr()
     for options in ((), ("--json",)):
         assert site("check", *options) == 21

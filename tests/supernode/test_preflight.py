@@ -85,7 +85,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "estimate": dict(ESTIMATE),
     }
 
-    def command(_: Site) -> list[str]:
+    def command(*_: object) -> list[str]:
         code = f"import sys; print({json.dumps(answer)!r}); sys.exit({answer['exit_code']})"
         return [sys.executable, "-c", code]
 
