@@ -464,6 +464,44 @@ def test_another_mode_ends_what_ran(
     assert NAME not in fleet.running
 
 
+def test_containers_are_written_started_and_replaced(
+    fleet: Fleet, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def write(site: Site) -> Path:
+        calls.append(f"write {site.device}")
+        return site.directory / "compose.yaml"
+
+    def start(site: Site) -> None:
+        calls.append("start")
+        fleet.start(site)
+
+    def end(site: Site) -> bool:
+        calls.append("stop")
+        return fleet.stop(site.directory)
+
+    for name, function in (("write", write), ("start", start), ("stop", end)):
+        monkeypatch.setattr(f"supernode.compose.{name}", function)
+    monkeypatch.setattr("supernode.compose.running", lambda site: fleet.is_running(site.directory))
+    invitation = fleet.invite(NAME)
+    contained = planned(site.directory, mode="compose")
+    said = "\n".join(joined(contained, invitation))
+    assert calls == ["write cpu", "start"]
+    assert f"docker compose -f {site.directory / 'compose.yaml'} logs" in said
+    # Nothing has changed: compose itself replaces what is not as the file says.
+    calls.clear()
+    joined(contained, invitation)
+    assert calls == ["write cpu", "start"]
+    calls.clear()
+    joined(planned(site.directory, mode="compose", device="cuda"), invitation)
+    assert calls == ["stop", "write cuda", "start"]
+    calls.clear()
+    joined(site, invitation)
+    assert calls == ["stop"]
+    assert fleet.running[NAME].mode == "native"
+
+
 @pytest.mark.parametrize(
     ("outcome", "mode"),
     [
