@@ -252,4 +252,4 @@ def _age(seconds: float) -> str:
 def _dataset(site: Site) -> str:
     if site["episodes"] is None:
         return "-"
-    return f"{site['episodes']} episodes, {site['frames']} frames, {site['bytes'] / 1e6:.0f} MB"
+    return f"{site['episodes']} episodes, {site['frames']} frames, {site['bytes'] / 1e6:.1f} MB"

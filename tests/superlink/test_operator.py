@@ -131,7 +131,7 @@ def test_a_sites_whole_life(fleet: Fleet, tmp_path: Path) -> None:
         "-",
         f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M}",
         "-",
-        "50 episodes, 11939 frames, 82 MB",
+        "50 episodes, 11939 frames, 82.0 MB",
     ]
 
     evicted = fleet.site("revoke", "lab-1").stdout
