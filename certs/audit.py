@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Audit:
         event: str,
         *,
         by: Peer | None = None,
-        address: str = "",
+        address: str | None = None,
         **details: str | int | float | bool | None,
     ) -> None:
         """Append a line; ``by`` is whose certificate asked, ``address`` from where.
@@ -86,6 +87,15 @@ class Audit:
             self._append(text.encode() + b"\n", sync=limit is None)
         except OSError as error:
             _log.error("%s cannot be written (%s): %s", self._path, error.strerror, text)
+
+    def refused_request(self, refused: Mapping[str, str]) -> None:
+        """Record what a guard refused (``certs.guard.OnRefused``)."""
+        details = {name: text or None for name, text in refused.items()}
+        self.record("request-refused", by=None, address=details.pop("address"), **details)
+
+    def refused_handshake(self, reason: str, sentence: str, address: str) -> None:
+        """Record a TLS handshake that a server refused."""
+        self.record("handshake-refused", address=address, reason=reason, detail=sentence)
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC

@@ -5,14 +5,11 @@ import fcntl
 import functools
 import ipaddress
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 from prometheus_client import REGISTRY, make_asgi_app
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from certs.audit import Audit
 from certs.authority import Authority
@@ -32,6 +29,7 @@ from superlink.enrolment_api import Api
 from superlink.invitations import Invitations
 from superlink.limits import CONNECTIONS, Limits
 from superlink.members import Members
+from superlink.metrics import EnrolmentCollector
 from superlink.renewals import hosts
 from superlink.upkeep import Upkeep, renew_own
 
@@ -90,7 +88,7 @@ def serve(
             site_lifetime=site_lifetime,
         )
         _import_flower()
-        REGISTRY.register(_State(invitations, identity))
+        REGISTRY.register(EnrolmentCollector(invitations, identity))
         monitor = allow(lambda peer: peer.role is Role.MONITOR)
         own = allow(lambda peer: peer.role in {Role.ENROLMENT, Role.MONITOR})
         guard = Guard(
@@ -102,16 +100,14 @@ def serve(
             _lifespan,
             revocations,
             anonymous=api.anonymous(),
-            on_refused=functools.partial(_audit_request, log),
+            on_refused=log.refused_request,
         )
         server = mutual_tls_server(
             guard,
             identity,
             revocations,
             anonymous=True,
-            on_refused=lambda reason, sentence, address: log.record(
-                "handshake-refused", address=address, reason=reason, detail=sentence
-            ),
+            on_refused=log.refused_handshake,
         )
         upkeep.start(
             {
@@ -175,11 +171,6 @@ def _alone(state: Path) -> Iterator[None]:
         yield
 
 
-def _audit_request(log: Audit, refused: dict[str, str]) -> None:
-    details = {name: value or None for name, value in refused.items() if name != "address"}
-    log.record("request-refused", by=None, address=refused["address"], **details)
-
-
 def _import_flower() -> None:
     """Load Flower's client before the first request has to wait for it."""
     from flwr.proto import control_pb2
@@ -197,33 +188,3 @@ async def _lifespan(_scope: Scope, receive: Receive, send: Send) -> None:
     for event in ("startup", "shutdown"):
         await receive()
         await send({"type": f"lifespan.{event}.complete"})
-
-
-class _State(Collector):
-    """The invitations by state, and the certificate's end, read at scrape time."""
-
-    def __init__(self, invitations: Invitations, identity: Identity) -> None:
-        self._invitations = invitations
-        self._identity = identity
-
-    def describe(self) -> list[GaugeMetricFamily]:
-        """Return nothing, so that registering reads nothing."""
-        return []
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the current values."""
-        states = Counter(str(entry["state"]) for entry in self._invitations.listed())
-        family = GaugeMetricFamily(
-            "vlafleet_invitations", "Invitations of the last 30 days, by state.", labels=["state"]
-        )
-        for state in ("open", "used", "expired", "cancelled"):
-            family.add_metric([state], states[state])
-        yield family
-        expiry = GaugeMetricFamily(
-            "vlafleet_certificate_expiry_timestamp_seconds",
-            "When the certificate this process presents expires.",
-            labels=["role"],
-        )
-        certificate = load_certificate(self._identity.certificate)
-        expiry.add_metric([self._identity.peer.role], certificate.not_valid_after_utc.timestamp())
-        yield expiry

@@ -1,4 +1,4 @@
-"""What the SuperLink tells Prometheus: sites, runs and certificate expiry, read at scrape time."""
+"""What the SuperLink and the enrolment service tell Prometheus, read at scrape time."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from certs.files import load_certificate
 from certs.identity import Identity
 from superlink.control import last_heartbeat
+from superlink.invitations import Invitations
 
 if TYPE_CHECKING:
     from flwr.server.superlink.linkstate import LinkStateFactory
@@ -53,12 +54,39 @@ class FleetCollector(Collector):
         for status, number in Counter(run.status.status for run in state.get_run_info()).items():
             runs.add_metric([status], number)
         yield runs
-        expiry = GaugeMetricFamily(
-            "vlafleet_certificate_expiry_timestamp_seconds",
-            "When the certificate this process presents expires.",
-            labels=["role"],
+        yield _expiry(self._identity)
+
+
+class EnrolmentCollector(Collector):
+    """A collector over the invitations of the last 30 days."""
+
+    def __init__(self, invitations: Invitations, identity: Identity) -> None:
+        self._invitations = invitations
+        self._identity = identity
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Return nothing, so that registering reads nothing."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the current values."""
+        states = Counter(str(entry["state"]) for entry in self._invitations.listed())
+        family = GaugeMetricFamily(
+            "vlafleet_invitations", "Invitations of the last 30 days, by state.", labels=["state"]
         )
-        # Of the file: a certificate is renewed while the process runs.
-        current = load_certificate(self._identity.certificate)
-        expiry.add_metric([self._identity.peer.role], current.not_valid_after_utc.timestamp())
-        yield expiry
+        for state in ("open", "used", "expired", "cancelled"):
+            family.add_metric([state], states[state])
+        yield family
+        yield _expiry(self._identity)
+
+
+def _expiry(identity: Identity) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "vlafleet_certificate_expiry_timestamp_seconds",
+        "When the certificate this process presents expires.",
+        labels=["role"],
+    )
+    # Of the file: a certificate is renewed while the process runs.
+    current = load_certificate(identity.certificate)
+    family.add_metric([identity.peer.role], current.not_valid_after_utc.timestamp())
+    return family

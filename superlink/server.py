@@ -60,17 +60,9 @@ def serve(
         app = _flower_app(host, port, state, simulation=simulation)
         factory: LinkStateFactory = app.state.linkstate_factory
         REGISTRY.register(FleetCollector(factory, identity))
-
-        def refused_request(refusal: dict[str, Any]) -> None:
-            log.record("request-refused", **refusal)
-
-        def refused_handshake(reason: str, sentence: str, address: str) -> None:
-            log.record("handshake-refused", address=address, reason=reason, sentence=sentence)
-
-        guard = Guard(
-            rules(app, factory, revocations, log), app, revocations, on_refused=refused_request
-        )
-        server = mutual_tls_server(guard, identity, revocations, on_refused=refused_handshake)
+        allowed = rules(app, factory, revocations, log)
+        guard = Guard(allowed, app, revocations, on_refused=log.refused_request)
+        server = mutual_tls_server(guard, identity, revocations, on_refused=log.refused_handshake)
         follow(identity, enrolment)
         _log.info("SuperLink of %s listens on %s port %d", identity.peer.federation, host, port)
         server.run(sockets=[listener])
