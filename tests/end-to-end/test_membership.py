@@ -38,8 +38,8 @@ pytestmark = [pytest.mark.federation, pytest.mark.slow, pytest.mark.timeout(1500
 ROOT = Path(__file__).parents[2]
 # Certificates that live so long are renewed every two thirds of it: several times in the run below.
 LIFETIME_S = int(os.environ.get("VLAFLEET_TEST_LIFETIME", "60"))
-# Flower's own waits make a round 10 s long: two lifetimes.
-ROUNDS = int(os.environ.get("VLAFLEET_TEST_ROUNDS", "10"))
+# Flower's own waits make a round 12 s long: more than a lifetime.
+ROUNDS = int(os.environ.get("VLAFLEET_TEST_ROUNDS", "7"))
 # What a loaded machine may take for a wait that must end; the tested bounds are their own.
 LONG = 600.0
 SMALL = "batch-size=2 eval-batches=1 min-sites=2 quorum=1"
