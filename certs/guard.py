@@ -72,6 +72,20 @@ def client_address(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else ""
 
 
+async def read_body(receive: Receive, limit: int) -> bytes | None:
+    """Return a request's body, or None when it is longer than ``limit`` bytes or its sender has gone."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > limit:
+            return None
+        more = message.get("more_body", False)
+    return body
+
+
 class Guard:
     """Let a request pass when the rule for its path accepts the peer; refuse every other path.
 

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from certs.errors import CertificateError
-from certs.guard import Application, Receive, Scope, Send
+from certs.guard import Application, Receive, Scope, Send, read_body
 from certs.revocations import Revocations
 from certs.roles import Peer, Role
 from superlink.control import last_heartbeat
@@ -72,7 +72,7 @@ def crl(revocations: Revocations) -> Application:
             sentence = "the revocation list is replaced with PUT"
             await _refuse(send, _METHOD_NOT_ALLOWED, "malformed", sentence)
             return
-        body = await _body(receive, MAX_CRL_BYTES)
+        body = await read_body(receive, MAX_CRL_BYTES)
         if body is None:
             sentence = f"a revocation list has at most {MAX_CRL_BYTES >> 20} MiB here"
             await _refuse(send, _TOO_LARGE, "too-large", sentence)
@@ -89,20 +89,6 @@ def crl(revocations: Revocations) -> Application:
         await _answer(send, _NO_CONTENT)
 
     return endpoint
-
-
-async def _body(receive: Receive, limit: int) -> bytes | None:
-    """Return a request's body, or None when it is longer than ``limit`` or its sender has gone."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > limit:
-            return None
-        more = message.get("more_body", False)
-    return body
 
 
 async def _refuse(send: Send, status: int, code: str, detail: str) -> None:

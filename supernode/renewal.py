@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from certs.enrolment import MAX_BODY_BYTES
 from certs.errors import FleetError
-from certs.guard import Application, Receive, Scope, Send
+from certs.guard import Application, Receive, Scope, Send, read_body
 from certs.identity import Identity
 from certs.renewal import ask
 from certs.roles import Role
@@ -36,7 +36,7 @@ def forward(identity: Identity, enrolment: str | None) -> Application:
     async def answer(scope: Scope, receive: Receive) -> _Answer:
         if scope["method"] != "POST":
             return _refusal(405, "malformed", "a renewal is a POST", [_CLOSE])
-        body = await _body(receive)
+        body = await read_body(receive, MAX_BODY_BYTES)
         if body is None:
             return _refusal(
                 413, "too-large", f"a renewal has at most {MAX_BODY_BYTES} bytes", [_CLOSE]
@@ -68,20 +68,6 @@ def forward(identity: Identity, enrolment: str | None) -> Application:
         await send({"type": "http.response.body", "body": given.body})
 
     return application
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """Return a request's body, None when it is too large."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return body  # the peer has gone
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return None
-        more = message.get("more_body", False)
-    return body
 
 
 def _csr(body: bytes) -> str | None:
