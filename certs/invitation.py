@@ -33,6 +33,12 @@ def new_secret() -> bytes:
     return secrets.token_bytes(16)
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is ``host:port``: a DNS name, an IPv4 address, an IPv6 one in brackets; port 1 to 65535."""
+    address = _ADDRESS.fullmatch(text)
+    return address is not None and 0 < int(address[2]) < 65536
+
+
 def secret_hash(secret: bytes) -> str:
     """Return what is kept of a secret: enough to recognise it, not to use it (SHA-256, hex)."""
     return hashlib.sha256(secret).hexdigest()
@@ -59,8 +65,7 @@ class Invitation:
             checked_site(self.site)
         except CertificateError as error:
             raise InvitationError(f"the invitation cannot be used: {error}") from error
-        address = _ADDRESS.fullmatch(self.address)
-        if address is None or not 0 < int(address[2]) < 65536:
+        if not is_address(self.address):
             raise InvitationError(f"the invitation's address {self.address!r} is not host:port")
         if not re.fullmatch(r"[0-9a-f]{64}", self.fingerprint) or len(self.secret) != 16:
             raise InvitationError("the invitation's fingerprint or secret has the wrong length")

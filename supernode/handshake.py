@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
 from certs.errors import (
@@ -19,6 +18,7 @@ from certs.errors import (
     FleetError,
     first_line,
 )
+from certs.identity import is_issued_by
 from certs.roles import Peer
 
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH (x509_vfy.h).
@@ -63,7 +63,7 @@ def explain(
             f"Compare {host}:{port} with the federation's operator: another service has this port, or a portal wants "
             "a login first.",
         )
-    if not any(_signed(certificate, each) for each in _load(authorities)):
+    if not is_issued_by(certificate, x509.load_pem_x509_certificates(authorities.encode())):
         return _foreign(certificate, host, port)
     return _own(certificate, failed, host)
 
@@ -140,18 +140,6 @@ def _own(certificate: x509.Certificate, failed: OSError, host: str) -> StepError
         "Compare the address with the one the federation's operator gave you.",
         CertificateError,
     )
-
-
-def _load(authorities: str) -> list[x509.Certificate]:
-    return x509.load_pem_x509_certificates(authorities.encode())
-
-
-def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _name(name: x509.Name) -> str:

@@ -19,8 +19,9 @@ from certs.enrolment import Application, Membership, certificate_fingerprint
 from certs.errors import CertificateError, FleetError
 from certs.files import ensure_key, read, write_atomic
 from certs.identity import Identity, ensure_node_key, is_issued_by, store_identity
+from certs.invitation import is_address
 from certs.roles import Peer, Role
-from supernode.site import Site, is_address
+from supernode.site import Site
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Literal, Self, get_args
 
 from certs.errors import CertificateError, ConfigError, StorageError
 from certs.files import write_atomic
+from certs.invitation import is_address
 from certs.roles import checked_name, checked_site
 
 # How a site's processes are run.
 Mode = Literal["compose", "helm", "native"]
 
-_ADDRESS = re.compile(r"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 
 
@@ -145,11 +145,6 @@ class Site:
                 f"{self.directory} is the site {self.name!r} of the federation {self.federation!r}, "
                 f"not {name!r} of {federation!r}: choose another --directory"
             )
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is ``host:port``: a DNS name, an IPv4 address, an IPv6 one in brackets; port 1 to 65535."""
-    return bool(_ADDRESS.fullmatch(text)) and 0 < int(text.rpartition(":")[2]) < 65536
 
 
 def default_directory(name: str) -> Path:

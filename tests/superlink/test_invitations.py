@@ -10,24 +10,15 @@ from certs.errors import CertificateError, InvitationError, StorageError
 from certs.invitation import secret_hash
 from superlink.invitations import MAX_SECONDS, Invitations
 from superlink.refused import Refused
+from tests.clock import Clock
 
 KEYS, OTHER_KEYS = "a" * 64, "b" * 64
 DAY = 24 * 3600
 
 
-class Clock:
-    """Unix time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1_800_000_000.0)
 
 
 @pytest.fixture

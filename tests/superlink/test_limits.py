@@ -6,21 +6,14 @@ import pytest
 
 from superlink.limits import MAX_SOURCES, MAX_WAIT, REQUESTS, Limits
 from superlink.refused import Refused
+from tests.clock import Clock
 
 SOURCE, EVERYBODY = REQUESTS
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
