@@ -12,6 +12,7 @@ import typer
 import app.cli
 import app.demo_data
 import app.report
+import app.watch
 import certs.cli
 import superlink.cli
 import supernode.cli
@@ -46,6 +47,9 @@ cli.command(
 cli.command()(supernode.cli.supernode)
 cli.command()(app.cli.superexec)
 cli.command()(app.cli.trainer)
+cli.command()(app.cli.exporter)
+cli.command()(app.watch.status)
+cli.command()(app.watch.watch)
 cli.command()(certs.cli.health)
 app.demo_data.cli.command()(app.cli.check)
 cli.add_typer(app.demo_data.cli, name="data", help="Make demonstration data, check any data.")

@@ -23,6 +23,11 @@ def superexec(
     serve(Identity.load(identity, Role.SUPEREXEC), address, enrolment)
 
 
+def exporter() -> None:
+    """Run the exporter: what the runs are doing, for Prometheus and ``vlafleet status``."""
+    raise NotImplementedError
+
+
 def trainer(
     socket: Annotated[Path, typer.Argument(help="Its socket, which the SuperExec's log names.")],
 ) -> None:

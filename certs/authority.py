@@ -37,6 +37,7 @@ from certs.index import Issued, read_index, write_index
 from certs.lifetime import AUTHORITY_LIFETIME, CLOCK_SKEW, LIFETIMES
 from certs.roles import (
     ENROLMENT_NAME,
+    EXPORTER_NAME,
     SUPERLINK_NAME,
     Role,
     checked_name,
@@ -47,9 +48,13 @@ from certs.roles import (
 
 # The SuperNode also serves its SuperExec (Runtime API), hence a server certificate. Clients check the server's role,
 # so a site cannot pose as the SuperLink with it. The SuperLink's own health probe is a client.
-SERVERS = frozenset({Role.SUPERLINK, Role.ENROLMENT, Role.SITE})
+SERVERS = frozenset({Role.SUPERLINK, Role.ENROLMENT, Role.SITE, Role.EXPORTER})
 # A federation has one of each.
-ONLY_NAMES = {Role.SUPERLINK: SUPERLINK_NAME, Role.ENROLMENT: ENROLMENT_NAME}
+ONLY_NAMES = {
+    Role.SUPERLINK: SUPERLINK_NAME,
+    Role.ENROLMENT: ENROLMENT_NAME,
+    Role.EXPORTER: EXPORTER_NAME,
+}
 # A list older than this is reported as stale; it is signed anew at every revocation and every 'certs' command.
 CRL_LIFETIME = timedelta(days=30)
 

@@ -15,17 +15,19 @@ from certs.roles import Role
 _SILENCE_SECONDS = 60.0
 # A probe runs every few seconds; an answer from the same machine that takes longer is a failure.
 _PROBE_SECONDS = 5.0
+# Servers of their own port, which says whether they work.
+_ASKED = (Role.SUPERLINK, Role.ENROLMENT, Role.EXPORTER)
 
 
 def check(directory: Path, address: str) -> str:
     """Return a line that says the process is healthy; raise ``ConnectionRefusedByFleetError`` otherwise.
 
-    SuperLink and enrolment service are asked over mutual TLS with their own identity. SuperNode and SuperExec are
+    SuperLink, enrolment service and exporter are asked over mutual TLS with their own identity. SuperNode and SuperExec are
     healthy while their server answers them: their own ports stay open when their work has stopped (measured on Flower
     1.41).
     """
-    identity = Identity.load(directory, Role.SUPERLINK, Role.ENROLMENT, Role.SITE, Role.SUPEREXEC)
-    if identity.peer.role in {Role.SUPERLINK, Role.ENROLMENT}:
+    identity = Identity.load(directory, *_ASKED, Role.SITE, Role.SUPEREXEC)
+    if identity.peer.role in _ASKED:
         return _ask(identity, address)
     silence = seconds_since_contact(identity.peer)
     if silence is None or silence > _SILENCE_SECONDS:

@@ -38,7 +38,7 @@ from certs.files import (
     write_atomic,
 )
 from certs.lifetime import renew_at
-from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Peer, Role, checked_site
+from certs.roles import ENROLMENT_NAME, EXPORTER_NAME, SUPERLINK_NAME, Peer, Role, checked_site
 
 _RECORD = "renewed.pem"
 # Files that do not fit together are read again for so long: somebody may be replacing them one after the other.
@@ -339,6 +339,7 @@ def ensure_federation(
     holders: list[tuple[Role, str, list[str]]] = [
         (Role.SUPERLINK, SUPERLINK_NAME, [*local, SUPERLINK_NAME]),
         (Role.ENROLMENT, ENROLMENT_NAME, [*local, ENROLMENT_NAME]),
+        (Role.EXPORTER, EXPORTER_NAME, [*local, EXPORTER_NAME]),
         (Role.SUPEREXEC, SUPERLINK_NAME, []),
         (Role.OPERATOR, "admin", []),
         (Role.MONITOR, "prometheus", []),

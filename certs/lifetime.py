@@ -16,6 +16,7 @@ LIFETIMES = {
     Role.ENROLMENT: timedelta(days=30),
     Role.OPERATOR: timedelta(days=30),
     Role.MONITOR: timedelta(days=30),
+    Role.EXPORTER: timedelta(days=30),
 }
 # Machines whose clock runs behind must accept a certificate made this moment.
 CLOCK_SKEW = timedelta(minutes=5)

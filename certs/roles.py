@@ -28,12 +28,15 @@ class Role(StrEnum):
     OPERATOR = "operator"
     SUPEREXEC = "superexec"
     MONITOR = "monitor"
+    EXPORTER = "exporter"
 
 
 # The one SuperLink of a federation, and the SuperExec that runs its ServerApp, go by this name.
 SUPERLINK_NAME = "superlink"
 # The one process that holds the authority's key and answers those who have no certificate yet.
 ENROLMENT_NAME = "enrolment"
+# The one process that reads the runs and tells Prometheus, and operators, how they go.
+EXPORTER_NAME = "exporter"
 
 
 def checked_name(name: str, what: str = "name") -> str:

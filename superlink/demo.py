@@ -27,7 +27,7 @@ from certs.identity import (
     identity_directory,
 )
 from certs.processes import Processes
-from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
+from certs.roles import ENROLMENT_NAME, EXPORTER_NAME, SUPERLINK_NAME, Role
 from certs.server import bind
 from superlink.control import Control, run_request
 
@@ -45,6 +45,7 @@ def federation(
     uplinks: Mapping[str, str] | None = None,
     *,
     enrolment: bool = False,
+    watched: bool = False,
     site_lifetime: str = "",
 ) -> Iterator[tuple[Control, Processes]]:
     """Run a SuperLink, its SuperExec and a SuperNode with SuperExec per site; yield when all are online.
@@ -53,9 +54,12 @@ def federation(
     listens on ``port`` of loopback, the SuperNodes on the ports above. ``uplinks`` maps a site to the address
     (``host:port``) at which it finds the SuperLink, where that is another. With ``enrolment`` an enrolment service
     listens on the port above the SuperNodes', signs sites' certificates for ``site_lifetime`` (``24s``; empty: as long
-    as by default), and every process renews its certificate there.
+    as by default), and every process renews its certificate there. When
+    ``watched``, an exporter listens on the next port (``vlafleet status``, Prometheus).
     """
-    names = [SUPERLINK_NAME, *datasets, *([ENROLMENT_NAME] if enrolment else [])]
+    names = [SUPERLINK_NAME, *datasets]
+    names += [ENROLMENT_NAME] if enrolment else []
+    names += [EXPORTER_NAME] if watched else []
     ports = {name: port + i for i, name in enumerate(names)}
     for number in ports.values():
         bind("127.0.0.1", number).close()
@@ -105,6 +109,15 @@ def federation(
                 *(["--site-lifetime", site_lifetime] if site_lifetime else []),
             )
             wait_for_superlink(processes, Path(own), f"localhost:{ports[ENROLMENT_NAME]}")
+        if watched:
+            own = identity(Role.EXPORTER, EXPORTER_NAME)
+            processes.start(
+                "exporter",
+                *("exporter", "--identity", own, "--superlink", address),
+                *("--runs", str(runs), "--port", str(ports[EXPORTER_NAME])),
+                *renewing,
+            )
+            wait_for_superlink(processes, Path(own), f"localhost:{ports[EXPORTER_NAME]}")
         operator = Identity.load(identity_directory(pki, Role.OPERATOR, "admin"), Role.OPERATOR)
         with Control.connect(operator, address) as control:
             for site, dataset in datasets.items():
@@ -135,7 +148,7 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
     datasets = {site: str((data / site).absolute()) for site in SITES}
     typer.echo("Starting SuperLink, SuperNodes and SuperExecs ...")
     # The enrolment service takes a second: other sites may join while the demo runs.
-    with federation(directory, datasets, runs.absolute(), port, enrolment=True) as (
+    with federation(directory, datasets, runs.absolute(), port, enrolment=True, watched=True) as (
         control,
         processes,
     ):
@@ -205,7 +218,7 @@ def _last_progress(log: IO[str]) -> str | None:
 
 
 def wait_for_superlink(processes: Processes, identity: Path, address: str) -> None:
-    """Return once the SuperLink, or the enrolment service, answers its own probe.
+    """Return once the SuperLink, the enrolment service or the exporter answers its own probe.
 
     Raises ``FleetError`` when a process ends or it takes too long.
     """

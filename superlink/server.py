@@ -102,7 +102,7 @@ def _is_the_superlinks_superexec(peer: Peer) -> bool:
 
 
 def _sees_sites(peer: Peer) -> bool:
-    seeing = {Role.SITE, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT}
+    seeing = {Role.SITE, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT, Role.EXPORTER}
     return peer.role in seeing or _is_the_superlinks_superexec(peer)
 
 

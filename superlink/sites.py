@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vlafleet.superlink")
 
 # Who sees every SuperNode (the SuperLink's SuperExec for the ServerApp); a site sees its own.
-_EVERY_SITE = frozenset({Role.SUPEREXEC, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT})
+_EVERY_SITE = frozenset(
+    {Role.SUPEREXEC, Role.OPERATOR, Role.MONITOR, Role.ENROLMENT, Role.EXPORTER}
+)
 # A revoked certificate is some 40 bytes of the list: room for 18,000.
 MAX_CRL_BYTES = 1 << 20
 
