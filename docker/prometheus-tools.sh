@@ -25,7 +25,7 @@ need prometheus prometheus promtool
 need prometheus-alertmanager alertmanager amtool
 
 if [ ${#packages[@]} -gt 0 ]; then
-  command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
+  command -v apt-get >/dev/null ||
     die "this machine has no apt-get: install ${packages[*]//prometheus-/} from prometheus.io/download and put them on PATH."
   stage=$(mktemp -d "$dir/.unpack-XXXXXX")
   trap 'rm -rf "$stage"' EXIT
