@@ -1,4 +1,4 @@
-# The SuperLink, the enrolment service, and the operator's one-shot commands. Knows no torch.
+# The SuperLink, the enrolment service, the exporter, and the operator's one-shot commands. Knows no torch.
 ARG BASE_IMAGE=python:3.12-slim@sha256:57cd7c3a7a273101a6485ba99423ee568157882804b1124b4dd04266317710de
 
 # uv, by hash. It is mounted where it is needed and is in no layer of the image.
@@ -51,6 +51,6 @@ ENV PATH=/opt/vlafleet/bin:$PATH \
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 USER 10001:10001
 WORKDIR /home/vlafleet
-EXPOSE 9092 9093
+EXPOSE 9092 9093 9095
 ENTRYPOINT ["vlafleet"]
 CMD ["superlink", "--identity", "/identity", "--host", "0.0.0.0", "--port", "9092", "--state", "/state"]

@@ -16,6 +16,8 @@ Config = dict[str, Any]
 # Services that end by themselves.
 ONE_SHOT = {"pki", "register", "run", "fetch"}
 OUR_IMAGES = {"vlafleet-superlink", "vlafleet-supernode", "vlafleet-app"}
+# To the hub, and to the webhook of alerts.
+ROUTES_OUT = {"hub": "fetch", "alerts-out": "alertmanager"}
 PORT_NETWORKS = {"superlink-port", "enrolment-port", "prometheus-port", "grafana-port"}
 
 
@@ -102,6 +104,7 @@ def test_no_two_services_share_an_identity(config: Config) -> None:
             seen[part] = name
     assert seen["site/site-a"] == "site-a"
     assert seen["superexec/site-a"] == "site-a-app"
+    assert seen["exporter/exporter"] == "exporter"
     # The authority's key: whoever signs, and nobody else.
     assert seen["ca"] == "enrolment"
 
@@ -141,24 +144,24 @@ def test_data_is_seen_by_its_site_only_and_read_only(config: Config) -> None:
     assert sorted(sources.values()) == [["site-a-app"], ["site-b-app"]]
 
 
-def test_only_the_fetch_service_has_a_route_out(config: Config) -> None:
+def test_only_what_has_no_identity_has_a_route_out(config: Config) -> None:
     for name, network in config["networks"].items():
         if name in PORT_NETWORKS:
             # Bridges for a published port: one service each, and without masquerading nothing gets out.
             options = network["driver_opts"]
             assert options["com.docker.network.bridge.enable_ip_masquerade"] == "false"
             assert sum(name in networks(config, service) for service, _ in services(config)) == 1
-        elif name == "hub":
+        elif name in ROUTES_OUT:
             assert [
                 service for service, _ in services(config) if name in networks(config, service)
-            ] == ["fetch"]
+            ] == [ROUTES_OUT[name]]
+            assert identity(config["services"][ROUTES_OUT[name]]) == []
         else:
             assert network["internal"] is True, name
             # Without an address of the host on the bridge, containers cannot talk to the host either.
             assert network["driver_opts"]["com.docker.network.bridge.inhibit_ipv4"] == "true", name
     if "fetch" in config["services"]:
         assert networks(config, "fetch") == {"hub"}
-        assert identity(config["services"]["fetch"]) == []
 
 
 def test_ports_are_published_on_this_machine_only(config: Config) -> None:
@@ -171,6 +174,7 @@ def test_ports_are_published_on_this_machine_only(config: Config) -> None:
         "superlink": [("127.0.0.1", 9092)],
         "enrolment": [("127.0.0.1", 9093)],
         "prometheus": [("127.0.0.1", 9090)],
+        "alertmanager": [("127.0.0.1", 9093)],
         "grafana": [("127.0.0.1", 3000)],
     }
 
