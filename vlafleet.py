@@ -3,7 +3,6 @@
 Every command imports what it needs when it runs: Flower takes three seconds to import and lerobot ten.
 """
 
-import logging
 import sys
 
 import click
@@ -16,6 +15,7 @@ import app.watch
 import certs.cli
 import superlink.cli
 import supernode.cli
+from certs import logs
 from certs.errors import FleetError
 
 cli = typer.Typer(
@@ -58,24 +58,18 @@ cli.command()(app.report.report)
 
 def main() -> None:
     """Run the command line; an expected failure is one sentence and its class's exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # One line per request, and one per step of Flower's database set-up.
-    for chatty in ("httpx", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("flwr").propagate = False  # Flower has a handler of its own
     try:
+        logs.configure()
         # Without standalone mode typer hands back the code of a command that asked to exit.
         code = cli(standalone_mode=False)
     except FleetError as error:
-        print(f"vlafleet: {error}", file=sys.stderr)
+        logs.say(str(error))
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("vlafleet: interrupted", file=sys.stderr)
+        logs.say("interrupted")
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
     sys.exit(code if isinstance(code, int) else 0)
 
