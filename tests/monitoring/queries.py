@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DASHBOARDS = Path(__file__).parents[2] / "docker" / "grafana" / "dashboards"
 
@@ -29,6 +29,16 @@ class Query(NamedTuple):
         """Whether a federation without GPUs has no answer."""
         return re.search(r"\bvlafleet_\w*gpu", self.expr) is not None
 
+    @property
+    def needs_site_exporter(self) -> bool:
+        """Whether only a Prometheus that scrapes the site itself has an answer."""
+        return 'job="site"' in self.expr
+
+
+def panels_of(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a dashboard's panels and rows; a collapsed row holds its panels itself."""
+    return [panel for outer in dashboard["panels"] for panel in (outer, *outer.get("panels", []))]
+
 
 def queries() -> list[Query]:
     """Return every query of every dashboard; ``ValueError`` names a variable that has no value here."""
@@ -39,12 +49,11 @@ def _queries_of(path: Path) -> Iterator[Query]:
     dashboard = json.loads(path.read_text())
     title = dashboard["title"]
     for variable in dashboard["templating"].get("list", []):
-        said = variable["query"]
-        found = _LABEL_VALUES.fullmatch(said["query"] if isinstance(said, dict) else said)
+        found = _LABEL_VALUES.fullmatch(variable["query"])
         if found is None:
-            raise ValueError(f"{path.name}: ${variable['name']} asks {said!r}")
+            raise ValueError(f"{path.name}: ${variable['name']} asks {variable['query']!r}")
         yield Query(title, f"${variable['name']}", found[1])
-    for panel in dashboard["panels"]:
+    for panel in panels_of(dashboard):
         for target in panel.get("targets", []):
             yield Query(title, panel["title"], _filled(target["expr"], path.name))
 
