@@ -1,15 +1,14 @@
-"""The site's GPU as its driver sees it, through NVML, without torch (https://docs.nvidia.com/deploy/nvml-api).
+"""What the preflight finds about the site's GPU, from what its driver says (``certs.nvml``).
 
 What torch itself makes of it comes from the app's estimate: ``torch_cuda``, ``cuda_available``, ``gpu_memory_bytes``.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from certs.errors import HardwareError, first_line
+from certs.errors import HardwareError
+from certs.nvml import Driver, Gpu, NoDriverError, read
 from supernode.findings import Finding, fail, ok, size, warning
 
 # PyTorch's packages for CUDA 12.8 and later have code for Turing and newer GPUs (its RELEASE.md, 2.11).
@@ -19,77 +18,6 @@ _OLDEST_SINCE_CUDA = (12, 8)
 _BFLOAT16 = (8, 0)
 
 _NAME = "gpu"
-
-
-class NoDriverError(Exception):
-    """NVML cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU; bytes of memory, and None for what its driver does not tell."""
-
-    uuid: str
-    name: str
-    total: int | None
-    free: int | None
-    capability: tuple[int, int] | None
-    processes: int
-
-
-@dataclass(frozen=True)
-class Driver:
-    """The driver, the newest CUDA it runs, and its GPUs in NVML's order."""
-
-    version: str
-    cuda: tuple[int, int]
-    gpus: list[Gpu]
-
-
-def read() -> Driver:
-    """Ask the driver; raise ``NoDriverError`` where there is none or it cannot be used."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if isinstance(error, pynvml.NVMLError_LibraryNotFound):
-            raise NoDriverError("no NVIDIA driver is installed") from error
-        if isinstance(error, pynvml.NVMLError_DriverNotLoaded):
-            raise NoDriverError("the NVIDIA driver is not loaded") from error
-        raise NoDriverError(f"the NVIDIA driver does not work: {first_line(error)}") from error
-    try:
-        number = pynvml.nvmlSystemGetCudaDriverVersion()
-        return Driver(
-            pynvml.nvmlSystemGetDriverVersion(),
-            (number // 1000, number % 1000 // 10),
-            [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())],
-        )
-    except pynvml.NVMLError as error:
-        raise NoDriverError(f"the NVIDIA driver does not work: {first_line(error)}") from error
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-
-
-def _gpu(pynvml: Any, index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    total = free = capability = None
-    processes: list[Any] = []
-    # Integrated GPUs and virtual ones leave out some of it.
-    with contextlib.suppress(pynvml.NVMLError_NotSupported):
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free = int(memory.total), int(memory.free)
-    with contextlib.suppress(pynvml.NVMLError_NotSupported):
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        capability = (major, minor)
-    with contextlib.suppress(pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    return Gpu(
-        pynvml.nvmlDeviceGetUUID(handle),
-        pynvml.nvmlDeviceGetName(handle),
-        *(total, free, capability, len(processes)),
-    )
 
 
 def check(device: str, estimate: dict[str, Any] | None, *, inherited: bool) -> list[Finding]:

@@ -10,10 +10,11 @@ from typing import Any
 import pynvml
 import pytest
 
+import certs.nvml
 from certs.errors import HardwareError
+from certs.nvml import Driver, Gpu, NoDriverError
 from supernode import gpu
 from supernode.findings import Finding
-from supernode.gpu import Driver, Gpu, NoDriverError
 
 GB = 10**9
 ESTIMATE: dict[str, Any] = {
@@ -32,6 +33,7 @@ class Card:
     used: int = 1 * GB
     capability: tuple[int, int] | None = (8, 6)
     processes: int | None = 0
+    busy: int | None = 7
     uuid: str = "GPU-aaaa-1"
 
 
@@ -78,6 +80,7 @@ class Machine:
             nvmlDeviceGetMemoryInfo=memory,
             nvmlDeviceGetCudaComputeCapability=lambda card: supported(card.capability),
             nvmlDeviceGetComputeRunningProcesses=lambda card: [None] * supported(card.processes),
+            nvmlDeviceGetUtilizationRates=lambda card: SimpleNamespace(gpu=supported(card.busy)),
         )
         return made
 
@@ -98,23 +101,26 @@ def test_the_stand_in_has_what_pynvml_has() -> None:
 
 
 def test_the_driver_is_read(nvml: Install) -> None:
-    machine = Machine([Card(), Card("NVIDIA L4", 23 * GB, 0, (8, 9), 2, "GPU-bbbb-2")], cuda=12080)
+    machine = Machine(
+        [Card(), Card("NVIDIA L4", 23 * GB, 0, (8, 9), 2, 100, "GPU-bbbb-2")], cuda=12080
+    )
     nvml(machine)
-    assert gpu.read() == Driver(
+    assert certs.nvml.read() == Driver(
         "580.65.06",
         (12, 8),
         [
-            Gpu("GPU-aaaa-1", "NVIDIA A10", 24 * GB, 23 * GB, (8, 6), 0),
-            Gpu("GPU-bbbb-2", "NVIDIA L4", 23 * GB, 23 * GB, (8, 9), 2),
+            Gpu("GPU-aaaa-1", "NVIDIA A10", 24 * GB, 23 * GB, (8, 6), 0, 0.07),
+            Gpu("GPU-bbbb-2", "NVIDIA L4", 23 * GB, 23 * GB, (8, 9), 2, 1.0),
         ],
     )
     assert machine.shut_down == 1
 
 
 def test_what_a_driver_does_not_tell_is_left_out(nvml: Install) -> None:
-    nvml(Machine([Card(total=None, capability=None, processes=None)]))
-    (read,) = gpu.read().gpus
-    assert (read.total, read.free, read.capability, read.processes) == (None, None, None, 0)
+    nvml(Machine([Card(total=None, capability=None, processes=None, busy=None)]))
+    (read,) = certs.nvml.read().gpus
+    assert (read.total, read.free, read.capability, read.utilization) == (None,) * 4
+    assert read.processes == 0
     (finding,) = gpu.check("cuda", ESTIMATE, inherited=True)
     assert finding.level == "ok"
     assert finding.sentence == (
@@ -134,7 +140,7 @@ def test_what_a_driver_does_not_tell_is_left_out(nvml: Install) -> None:
 def test_without_a_driver(nvml: Install, code: int, why: str) -> None:
     nvml(Machine(failure=pynvml.NVMLError(code)))
     with pytest.raises(NoDriverError, match=why):
-        gpu.read()
+        certs.nvml.read()
     (finding,) = gpu.check("cuda", ESTIMATE, inherited=True)
     failed(finding, f"device cuda cannot be used: {why}", "nvidia-smi")
     (finding,) = gpu.check("cpu", ESTIMATE, inherited=True)
@@ -349,7 +355,7 @@ def test_gpus_that_differ(nvml: Install, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_this_machine_is_read_with_the_real_nvml() -> None:
     """With a driver or without: one of the two answers, and nothing left to crash."""
     try:
-        driver = gpu.read()
+        driver = certs.nvml.read()
     except NoDriverError as error:
         assert "NVIDIA driver" in str(error)  # noqa: PT017
     else:
@@ -358,6 +364,6 @@ def test_this_machine_is_read_with_the_real_nvml() -> None:
 
 
 def test_nvml_is_imported_when_it_is_asked() -> None:
-    code = "import supernode.gpu, sys; print('pynvml' in sys.modules)"
+    code = "import certs.nvml, supernode.gpu, sys; print('pynvml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

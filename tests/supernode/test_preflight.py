@@ -16,10 +16,10 @@ from certs.authority import Authority
 from certs.errors import CertificateError, ClockError, ConnectionRefusedByFleetError, DatasetError
 from certs.files import load_key, pem_certificate
 from certs.identity import authority_directory, ensure_federation, identity_directory
+from certs.nvml import Driver, Gpu, NoDriverError
 from certs.roles import Role
 from supernode import dataset, gpu, link, preflight
 from supernode.findings import Finding, Report, fail, ok, size, span, warning
-from supernode.gpu import Driver, Gpu
 from supernode.preflight import check
 from supernode.site import Site
 from tests.endpoints import Https, https, issued
@@ -67,7 +67,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def has_gpu(monkeypatch: pytest.MonkeyPatch, found: Driver | str) -> None:
     def read() -> Driver:
         if isinstance(found, str):
-            raise gpu.NoDriverError(found)
+            raise NoDriverError(found)
         return found
 
     monkeypatch.setattr(gpu, "read", read)
