@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from certs.errors import StorageError, first_line
 
 # Names the trainer's socket to the ClientApps.
 SOCKET = "VLAFLEET_TRAINER"
 # Beside the socket: how the last trainer ended.
-ENDED = "ended.json"
+_ENDED = "ended.json"
 # Not its working directory's modules: what runs is what is installed.
 COMMAND = (sys.executable, "-P", "-m", "app.trainer")
 # Seconds before the trainer is started again: doubled each time it ends early, up to the longest.
@@ -57,7 +58,7 @@ def supervised(command: Sequence[str] = COMMAND, *, without: str | None = None) 
                 f"({first_line(error)}): let TMPDIR name a directory with a short path that can be "
                 "written."
             ) from error
-        supervisor = _Supervisor(command, listener, path.parent / ENDED, without)
+        supervisor = _Supervisor(command, listener, path.parent / _ENDED, without)
         supervisor.start()
         stack.callback(supervisor.stop)
         # First of all: Flower ends a SuperExec that takes more than 5 s, and a trainer may take 3 of them.
@@ -132,6 +133,23 @@ class _Supervisor(threading.Thread):
         with contextlib.suppress(OSError):
             written.write_text(json.dumps(said))
             written.replace(self._ended)
+
+
+def ended(path: Path) -> dict[str, Any]:
+    """What was noted when the last trainer behind the socket ``path`` ended; empty while none has.
+
+    Its ``pid``, ``how`` it ended, and how many ``times`` one did since the SuperExec started.
+    """
+    try:
+        found: dict[str, Any] = json.loads((path.parent / _ENDED).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def restarts(path: Path) -> int:
+    """How often the trainer behind the socket ``path`` ended, to be started again."""
+    return int(ended(path).get("times", 0))
 
 
 def how(code: int) -> str:

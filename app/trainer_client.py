@@ -13,7 +13,7 @@ from typing import Any
 from app import manifest
 from app.job import Answer, Job
 from app.payload import Payload
-from app.supervisor import ENDED, SOCKET
+from app.supervisor import SOCKET, ended, restarts
 from app.trainer_wire import receive, same_user, send
 from certs import errors
 from certs.errors import FleetError, RunFailedError
@@ -75,6 +75,18 @@ def metrics(path: Path) -> str:
     return str(header["metrics"])
 
 
+def await_metrics(path: Path) -> str:
+    """As ``metrics``, for who can wait: for one answer over one connection, however long the trainer takes to start.
+
+    Who gave up and came again would leave a connection each time in the queue of a trainer that does not start.
+    Raises ``RunFailedError`` when it cannot be reached, ``EOFError`` or ``OSError`` when it ends before it answers.
+    """
+    with _connect(path) as connection:
+        receive(connection)  # the greeting
+        send(connection, {"metrics": True})
+        return str(receive(connection)[0]["metrics"])
+
+
 def _begun(connection: socket.socket, path: Path, job: Job, deadline: float) -> int | None:
     """The trainer's process id once it works on ``job``; None when it ended before that."""
     try:
@@ -122,16 +134,15 @@ def _connect(path: Path) -> socket.socket:
 
 def _greeted(connection: socket.socket, path: Path, deadline: float) -> int:
     """Return the trainer's process id once it serves this connection; until then its socket holds it."""
-    before = int(_ended(path).get("times", 0))
+    before = restarts(path)
     while True:
         if select.select([connection], [], [], _LOOK_S)[0]:
             return int(_receive(connection, deadline)[0]["pid"])
         if time.monotonic() >= deadline:
             raise TimeoutError
-        last = _ended(path)
-        if int(last.get("times", 0)) >= before + _FAILED_STARTS:
+        if restarts(path) >= before + _FAILED_STARTS:
             raise RunFailedError(
-                f"The trainer does not start ({last['how']}): the log of this site's SuperExec says more."
+                f"The trainer does not start ({ended(path)['how']}): the log of this site's SuperExec says more."
             )
 
 
@@ -149,19 +160,10 @@ def _seconds(job: Job) -> float:
         return _DEFAULT_S
 
 
-def _ended(path: Path) -> dict[str, Any]:
-    """What the supervisor noted when a trainer ended: its ``pid``, ``how``, and how many ``times`` one did."""
-    try:
-        found: dict[str, Any] = json.loads((path.parent / ENDED).read_text())
-    except FileNotFoundError:
-        return {}
-    return found
-
-
 def _how(path: Path, pid: int) -> str:
     deadline = time.monotonic() + _NOTE_S
     while time.monotonic() < deadline:
-        if (last := _ended(path)).get("pid") == pid:
+        if (last := ended(path)).get("pid") == pid:
             return str(last["how"])
         time.sleep(0.05)
     return "it closed the connection"
