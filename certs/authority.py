@@ -199,6 +199,7 @@ class Authority:
             name,
             certificate.not_valid_after_utc,
             tuple(map(generation, self.certificates())),
+            issued_at=now,
         )
         write_index(self._index, [*self.issued(), line])
         return certificate

@@ -6,11 +6,12 @@ Flower's own middleware starts behind it; nothing that is not allowed here reach
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
-from prometheus_client import Counter
+from prometheus_client import REGISTRY
 
 from certs.lifetime import CLOCK_SKEW
+from certs.metric import Metric
 from certs.revocations import Revocations
 from certs.roles import Peer
 
@@ -25,14 +26,36 @@ Rule = Callable[[Peer, Mapping[bytes, bytes]], Awaitable[str | None]]
 # Gets role, name, serial (hex), path, reason and address of a refused request; what is not known is empty.
 OnRefused = Callable[[dict[str, str]], None]
 
-REFUSED = Counter(
+# Why a TLS connection never reached HTTP (certs.server; "limit" is superlink.door's as well).
+HANDSHAKE_REASONS: Final = (
+    "no certificate", "not verified", "certificate", "plain HTTP", "old TLS", "handshake", "timeout", "limit",
+)  # fmt: skip
+
+_REFUSALS = Metric(
+    "vlafleet_refusals",
+    "counter",
+    "Requests that were refused, and connections that never became one (handshake).",
+    ["kind"],
+)
+_REQUESTS = Metric(
     "vlafleet_refused_requests",
-    "Requests the role guard refused.",
+    "counter",
+    "Requests that the role guard refused; a series begins with its first one.",
     ["role", "api", "reason"],
 )
-FAILED_HANDSHAKES = Counter(
-    "vlafleet_failed_handshakes", "TLS handshakes that were refused.", ["reason"]
+_HANDSHAKES = Metric(
+    "vlafleet_failed_handshakes", "counter", "TLS handshakes that were refused.", ["reason"]
 )
+METRICS: Final = (_REFUSALS, _REQUESTS, _HANDSHAKES)
+
+REFUSED = _REQUESTS.counting(REGISTRY)
+FAILED_HANDSHAKES = _HANDSHAKES.counting(REGISTRY)
+for _reason in HANDSHAKE_REASONS:
+    FAILED_HANDSHAKES.labels(_reason)
+# increase() does not see what a series begins with, and a series for every request that may be refused would be
+# hundreds. These two are there from the start.
+_refusals = _REFUSALS.counting(REGISTRY)
+_REFUSED_REQUESTS, _REFUSED_HANDSHAKES = _refusals.labels("request"), _refusals.labels("handshake")
 
 # Flower's SuperNode ends itself on 401 and takes 403 for "run not running"; on 404 it keeps trying.
 _STATUS = 404
@@ -56,8 +79,14 @@ def allow(predicate: Callable[[Peer], bool]) -> Rule:
 
 def log_refused_handshake(reason: str, sentence: str, address: str) -> None:
     """Log and count a refused TLS handshake."""
-    FAILED_HANDSHAKES.labels(reason).inc()
+    count_failed_handshake(reason)
     _log.warning("refused handshake: reason=%r address=%s %s", reason, address, sentence)
+
+
+def count_failed_handshake(reason: str) -> None:
+    """Count a connection that never reached HTTP; ``reason`` is one of ``HANDSHAKE_REASONS``."""
+    FAILED_HANDSHAKES.labels(reason).inc()
+    _REFUSED_HANDSHAKES.inc()
 
 
 def unfit(peer: Peer, revocations: Revocations | None) -> str | None:
@@ -129,6 +158,7 @@ class Guard:
             "address": client_address(scope),
         }
         REFUSED.labels(refused["role"], api, reason).inc()
+        _REFUSED_REQUESTS.inc()
         _log.warning(
             "refused request: role=%s name=%s path=%s serial=%s address=%s reason=%s",
             refused["role"],

@@ -26,6 +26,8 @@ class Issued:
     not_after: datetime
     authorities: tuple[int, ...]
     revoked_at: datetime | None = None
+    # None in what an earlier version wrote.
+    issued_at: datetime | None = None
 
     def state(self, now: datetime) -> str:
         """``valid``, ``expired`` or ``revoked``."""
@@ -44,12 +46,13 @@ class Issued:
             "serial": f"{self.serial:x}",
             "not_after": self.not_after.isoformat(),
             "revoked_at": self.revoked_at and self.revoked_at.isoformat(),
+            "issued_at": self.issued_at and self.issued_at.isoformat(),
         }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Read a line written by ``to_json``."""
-        revoked = record["revoked_at"]
+        revoked, issued = record["revoked_at"], record.get("issued_at")
         return cls(
             int(record["serial"], 16),
             Role(record["role"]),
@@ -57,6 +60,7 @@ class Issued:
             datetime.fromisoformat(record["not_after"]),
             tuple(record["authorities"]),
             datetime.fromisoformat(revoked) if revoked else None,
+            datetime.fromisoformat(issued) if issued else None,
         )
 
 

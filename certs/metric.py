@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import Counter
+from prometheus_client import Counter, disable_created_metrics
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -16,6 +16,9 @@ from prometheus_client.core import (
     InfoMetricFamily,
 )
 from prometheus_client.registry import CollectorRegistry
+
+# Of every counter and histogram a series more, for when it began to count: nobody asks for it.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 type Kind = Literal["gauge", "counter", "histogram", "info"]
 

@@ -11,10 +11,11 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
+from prometheus_client import REGISTRY
 
 from certs.contexts import client_context, enrolment_server, expected_server, reload
 from certs.enrolment import RENEW_PATH, signing_request
@@ -22,7 +23,16 @@ from certs.errors import CertificateError, ConnectionRefusedByFleetError, FleetE
 from certs.files import load_certificate, parse_certificates
 from certs.identity import Identity, is_issued_by, store_identity
 from certs.lifetime import life, renew_at
+from certs.metric import Metric
 from certs.roles import SUPERLINK_NAME, Peer, Role
+
+_FAILURES = Metric(
+    "vlafleet_certificate_renewal_failures",
+    "counter",
+    "Tries to renew this process's certificate that failed.",
+)
+METRICS: Final = (_FAILURES,)
+RENEWAL_FAILURES = _FAILURES.counting(REGISTRY)
 
 _log = logging.getLogger("vlafleet.certs")
 
@@ -182,6 +192,7 @@ class Follower(threading.Thread):
         try:
             self._renewed(renew(self._identity, address), "renewed")
         except FleetError as error:
+            RENEWAL_FAILURES.inc()
             self._failures += 1
             seconds = self._wait(self._failures)
             _log.warning("not renewed, tried again in %.0f s: %s", seconds, error)

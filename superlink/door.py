@@ -3,7 +3,7 @@
 import socket
 from typing import Any
 
-from certs.guard import FAILED_HANDSHAKES
+from certs.guard import count_failed_handshake
 from superlink.limits import Limits
 from superlink.refused import Refused
 
@@ -31,7 +31,7 @@ class Door(socket.socket):
             try:
                 self._limits.require(address[0])
             except Refused:
-                FAILED_HANDSHAKES.labels("limit").inc()
+                count_failed_handshake("limit")
                 connection.close()
             else:
                 return connection, address

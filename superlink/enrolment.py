@@ -11,12 +11,14 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, make_asgi_app
 
+from certs import logs
 from certs.audit import Audit
 from certs.authority import Authority
 from certs.errors import AddressError, CertificateError, StorageError
 from certs.files import load_certificate
 from certs.guard import Guard, Receive, Scope, Send, allow
 from certs.identity import Identity
+from certs.process_metrics import ProcessCollector
 from certs.revocations import Revocations
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
@@ -53,6 +55,7 @@ def serve(
     ``superlink`` is where this service reaches the SuperLink (``host:port``); ``advertise`` and ``advertise_superlink``
     are where the sites reach the two, by default the same. ``state`` keeps the invitations.
     """
+    logs.bind(role=identity.peer.role)
     address = _advertised(identity, host, port, advertise)
     authority = Authority.load(pki_authority)
     if authority.federation != identity.peer.federation:
@@ -88,7 +91,8 @@ def serve(
             site_lifetime=site_lifetime,
         )
         _import_flower()
-        REGISTRY.register(EnrolmentCollector(invitations, identity))
+        REGISTRY.register(EnrolmentCollector(invitations, authority.issued))
+        REGISTRY.register(ProcessCollector(identity, {"enrolment": state}))
         monitor = allow(lambda peer: peer.role is Role.MONITOR)
         own = allow(lambda peer: peer.role in {Role.ENROLMENT, Role.MONITOR})
         guard = Guard(

@@ -7,16 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cryptography import x509
-from prometheus_client import Counter
+from prometheus_client import REGISTRY
 
 from certs.audit import Audit
 from certs.authority import Authority
 from certs.enrolment import (
     APPROVE_PATH,
     AUTHORITY_PATH,
+    CODES,
     DATASET_PATH,
     ENROL_PATH,
     INVITATIONS_PATH,
@@ -28,6 +29,7 @@ from certs.enrolment import (
 from certs.errors import CertificateError, InvitationError
 from certs.guard import Application, Rule, allow
 from certs.invitation import Invitation
+from certs.metric import Metric
 from certs.roles import Peer, Role, checked_site
 from superlink.crl import Publisher
 from superlink.datasets import Datasets
@@ -39,10 +41,19 @@ from superlink.refused import Refused
 from superlink.renewals import renew
 from superlink.roster import roster
 
-ENROLMENTS = Counter("vlafleet_enrolments", "Requests to be a member, by outcome.", ["result"])
-RENEWALS = Counter(
-    "vlafleet_renewals", "Requests for the next certificate, by outcome.", ["result"]
+_ENROLMENTS = Metric(
+    "vlafleet_enrolments", "counter", "Requests to be a member, by outcome.", ["result"]
 )
+_RENEWALS = Metric(
+    "vlafleet_renewals", "counter", "Requests for the next certificate, by outcome.", ["result"]
+)
+METRICS: Final = (_ENROLMENTS, _RENEWALS)
+ENROLMENTS, RENEWALS = _ENROLMENTS.counting(REGISTRY), _RENEWALS.counting(REGISTRY)
+# There from the start: increase() does not see what a series begins with.
+for _result in ("enrolled", "approved", *sorted(CODES)):
+    ENROLMENTS.labels(_result)
+for _result in ("renewed", *sorted(CODES)):
+    RENEWALS.labels(_result)
 
 # What waits for the SuperLink, a request at a time. It answers in 50 ms, so the last of them waits 2 s.
 _MAX_WAITING = 40

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, make_asgi_app
 
+from certs import logs
 from certs.audit import Audit
 from certs.enrolment import CRL_PATH, SITES_PATH
 from certs.errors import StorageError
@@ -17,6 +18,7 @@ from certs.flower import quiet
 from certs.guard import Guard, Rule, allow
 from certs.identity import Identity
 from certs.link import PATH
+from certs.process_metrics import ProcessCollector
 from certs.renewal import follow
 from certs.revocations import Revocations
 from certs.roles import SUPERLINK_NAME, Peer, Role
@@ -52,6 +54,7 @@ def serve(
     is renewed at ``enrolment`` (``host:port``), or by hand where that is None. With ``simulation`` every run is one for
     Flower's simulation runtime, which has no SuperNodes.
     """
+    logs.bind(role=identity.peer.role)
     # These fail in a moment with a sentence; importing Flower takes seconds.
     revocations = Revocations(identity.crl, identity.authority)
     listener = bind(host, port)
@@ -59,7 +62,8 @@ def serve(
         log = Audit(audit)
         app = _flower_app(host, port, state, simulation=simulation)
         factory: LinkStateFactory = app.state.linkstate_factory
-        REGISTRY.register(FleetCollector(factory, identity))
+        REGISTRY.register(FleetCollector(factory))
+        REGISTRY.register(ProcessCollector(identity, {"state": state}))
         allowed = rules(app, factory, revocations, log)
         guard = Guard(allowed, app, revocations, on_refused=log.refused_request)
         server = mutual_tls_server(guard, identity, revocations, on_refused=log.refused_handshake)
