@@ -20,7 +20,7 @@ from prometheus_client.registry import CollectorRegistry
 # Of every counter and histogram a series more, for when it began to count: nobody asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-type Kind = Literal["gauge", "counter", "histogram", "info"]
+type Kind = Literal["gauge", "counter", "histogram", "summary", "info"]
 
 # Where a site's SuperExec reports its metrics to its SuperNode, whose port is the only one it reaches.
 REPORT_PATH = "/v1/metrics"

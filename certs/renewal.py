@@ -29,7 +29,8 @@ from certs.roles import SUPERLINK_NAME, Peer, Role
 _FAILURES = Metric(
     "vlafleet_certificate_renewal_failures",
     "counter",
-    "Tries to renew this process's certificate that failed.",
+    "Tries to renew the certificate of this process that failed.",
+    ["role"],
 )
 METRICS: Final = (_FAILURES,)
 RENEWAL_FAILURES = _FAILURES.counting(REGISTRY)
@@ -126,6 +127,7 @@ class Follower(threading.Thread):
         self._address = address
         # What changed between the identity's loading and the first look is a change, too.
         self._seen: object = None
+        self._failed = RENEWAL_FAILURES.labels(identity.peer.role)
         self._failures, self._retry_at = 0, 0.0  # seconds of time.monotonic()
         self._warned = False
         self._adopt(identity)
@@ -192,7 +194,7 @@ class Follower(threading.Thread):
         try:
             self._renewed(renew(self._identity, address), "renewed")
         except FleetError as error:
-            RENEWAL_FAILURES.inc()
+            self._failed.inc()
             self._failures += 1
             seconds = self._wait(self._failures)
             _log.warning("not renewed, tried again in %.0f s: %s", seconds, error)

@@ -14,6 +14,7 @@ from certs.errors import FleetError
 from certs.files import load_certificate, pem_certificate
 from certs.identity import Identity, store_identity
 from certs.lifetime import renew_at
+from certs.renewal import RENEWAL_FAILURES
 from superlink.refused import Refused
 from superlink.renewals import hosts
 
@@ -62,6 +63,15 @@ class Upkeep:
 
 def renew_own(directory: Path, identity: Identity) -> None:
     """Give the service its own next certificate when it is time; ``directory`` is the authority's, which is here."""
+    failed = RENEWAL_FAILURES.labels(identity.peer.role)
+    try:
+        _renew_own(directory, identity)
+    except FleetError:
+        failed.inc()
+        raise
+
+
+def _renew_own(directory: Path, identity: Identity) -> None:
     current = load_certificate(identity.certificate)
     authority = Authority.load(directory)
     if datetime.now(UTC) < renew_at(current) and authority.is_current(current):
