@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +56,8 @@ class Updates:
         self._folder, self._shapes, self._norm_bound = folder, shapes, norm_bound
         self._base_hash, self._frozen_hash = base_hash, frozen_hash
         self._kept: dict[str, _Kept] = {}
+        # Spent within ``timed``: on taking updates in, and on combining them.
+        self.seconds = 0.0
         try:
             # What a process that died in this round left behind.
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,6 +83,15 @@ class Updates:
     def frames(self) -> int:
         """Frames that all accepted updates were trained on."""
         return sum(kept.frames for kept in self._kept.values())
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what the block takes to ``seconds``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def add(self, site: str, update: Payload, frames: int) -> float:
         """Keep ``update`` and return its L2 norm; what raises (``PayloadError``) is not kept."""
@@ -106,14 +119,15 @@ class Updates:
         """
         if not self._kept:
             raise ValueError("no update was added")
-        updates = [self._kept[site] for site in self.sites]
-        most = (len(updates) - 1) // 2
-        if robust == "none":
-            return self._weighted(name, updates)
-        if robust == "median":
-            return self._middle(name, updates, most)
-        # 0.07 * 100 is 7.000000000000001 to a computer, and is not to drop eight.
-        return self._middle(name, updates, min(math.ceil(trim * len(updates) - 1e-9), most))
+        with self.timed():
+            updates = [self._kept[site] for site in self.sites]
+            most = (len(updates) - 1) // 2
+            if robust == "none":
+                return self._weighted(name, updates)
+            if robust == "median":
+                return self._middle(name, updates, most)
+            # 0.07 * 100 is 7.000000000000001 to a computer, and is not to drop eight.
+            return self._middle(name, updates, min(math.ceil(trim * len(updates) - 1e-9), most))
 
     def close(self) -> None:
         """Remove the folder."""

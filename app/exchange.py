@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from app import registry
+from app import cause, registry
 from app.rounds import POLL_S, Deadlines, Grid, Site, State, bounded, one_line
 from certs.errors import FleetError
 
@@ -29,14 +29,15 @@ WORKERS = 1
 # keep everyone else's reply waiting.
 HELD_S = 10.0
 # Why a site ended whose certificates were revoked: its node is gone for good.
-REVOKED = "revoked"
+REVOKED = cause.REVOKED
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How one site ended; ``seconds`` from dispatch to its end, ``sent`` if the message left.
 
-    ``resent``: it asked for another message in place of the first, and that one left too.
+    ``resent``: it asked for another message in place of the first, and that one left too. ``cause`` is
+    the reason in a word of ``app.cause``, if the site failed or was revoked.
     """
 
     site: Site
@@ -45,6 +46,7 @@ class Outcome:
     seconds: float
     sent: bool
     resent: bool
+    cause: str | None = None
 
 
 class Exchange:
@@ -200,14 +202,17 @@ class Exchange:
         # Flower answers an empty list, or None for one message, where it does not accept them.
         return ids if len(ids) == len(messages) else [None] * len(messages)
 
-    def _settle(self, site: Site, state: State, reason: str | None = None) -> None:
+    def _settle(
+        self, site: Site, state: State, reason: str | None = None, why: str | None = None
+    ) -> None:
         with self._changed:
             if site.name in self._outcomes:
                 raise RuntimeError(f"{site.name} already ended")
             self._waiting.pop(site, None)
             self._completed += state is State.COMPLETED
             sent, resent = site in self._sent, site in self._resent
-            outcome = Outcome(site, state, reason, round(self._passed(), 3), sent, resent)
+            why = cause.REVOKED if reason == REVOKED else why
+            outcome = Outcome(site, state, reason, round(self._passed(), 3), sent, resent, why)
             self._outcomes[site.name] = outcome
             self._changed.notify_all()
             self._ended(outcome)
@@ -295,20 +300,23 @@ class Exchange:
             return None
         if reply.has_error():
             reason = one_line(reply.error.reason or f"Flower error {reply.error.code}")
-            state = State.OFFLINE if _gone(reply) else State.ERROR
-            self._settle(site, state, REVOKED if revoked else reason)
+            if revoked or _gone(reply):
+                self._settle(site, State.OFFLINE, REVOKED if revoked else reason)
+            else:
+                self._settle(site, State.ERROR, reason, cause.told(reply.error.code))
             return None
         try:
             again = self._fold(site, reply.content)
         except FleetError as error:
-            self._settle(site, State.INVALID, one_line(error))
+            self._settle(site, State.INVALID, one_line(error), cause.of(error))
         except Exception as error:  # noqa: BLE001 - one site's reply must not end everyone's round
-            self._settle(site, State.INVALID, one_line(f"{type(error).__name__}: {error}"))
+            reason = one_line(f"{type(error).__name__}: {error}")
+            self._settle(site, State.INVALID, reason, cause.of(error))
         else:
             if again is None:
                 self._settle(site, State.COMPLETED)
             elif site in self._resent:
-                self._settle(site, State.INVALID, "asked for the model twice")
+                self._settle(site, State.INVALID, "asked for the model twice", cause.UNEXPECTED)
             else:
                 return again
         return None

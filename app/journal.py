@@ -105,7 +105,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunFailedError(f"{path} cannot be read: {error}.") from error
-    return _record(text, f"{path}")
+    return parse(text, f"{path}")
 
 
 def read_rounds(directory: Path) -> list[dict[str, Any]]:
@@ -118,10 +118,11 @@ def read_rounds(directory: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise RunFailedError(f"{path} cannot be read: {error}.") from error
     # append() ends every record with a newline: what follows the last one is not a record.
-    return [_record(line, f"Line {n} of {path}") for n, line in enumerate(lines[:-1], start=1)]
+    return [parse(line, f"Line {n} of {path}") for n, line in enumerate(lines[:-1], start=1)]
 
 
-def _record(text: str, where: str) -> dict[str, Any]:
+def parse(text: str, where: str) -> dict[str, Any]:
+    """A record of this release, read from ``where``; ``RunFailedError`` when it is none."""
     try:
         record = json.loads(text)
     except ValueError as error:

@@ -19,6 +19,7 @@ from app.exchange import Exchange, Outcome
 from app.job import REQUEST
 from app.requests import tell
 from app.rounds import Deadlines, Grid, Node, Site, State, one_line, wait_for_sites
+from app.run_progress import DESCRIBE, RunProgress
 from app.statistics import Moments
 from certs.errors import DatasetError, RunFailedError
 from certs.roles import checked_name
@@ -39,8 +40,10 @@ class Participants:
         grid: Grid,
         config: RunConfig,
         request: ConfigRecord,
+        progress: RunProgress,
     ) -> None:
         self._grid, self._config, self._request = grid, config, request
+        self._progress = progress
         self._described: dict[str, Description] = {}
         self._sites: dict[str, Site] = {}
         # Nodes whose description was refused: not asked again until they went away and came back.
@@ -75,6 +78,7 @@ class Participants:
         """
         config = self._config
         nodes = wait_for_sites(self._grid, config.min_sites, config.round_timeout)
+        self._progress.enter(DESCRIBE)
         outcomes = self._describe(nodes, config.round_timeout)
         if len(self._sites) < config.min_sites:
             reasons = "; ".join(f"{o.site.name}: {o.reason}" for o in outcomes if o.reason)
@@ -129,7 +133,7 @@ class Participants:
             found[name] = Site(name, site.node), described
 
         def ended(outcome: Outcome) -> None:
-            detail = ""
+            detail, name = "", outcome.site.name
             for site, described in found.values():
                 if site.node == outcome.site.node:
                     outcome = replace(outcome, site=site)
@@ -139,7 +143,9 @@ class Participants:
                         f"{described.train_frames} training frames"
                     )
             tell("describe", outcome, detail)
+            self._progress.ended(name, outcome.state.value, outcome.reason, name=outcome.site.name)
 
+        self._progress.asked(DESCRIBE, [site.name for site in asked])
         exchange = Exchange(
             self._grid, fold, ended, deadlines=Deadlines(seconds, grace=self._config.grace)
         )

@@ -39,17 +39,20 @@ def complete(
     model: str,
     checkpoint: str | None,
     seconds: Mapping[str, float],
+    aggregation: float | None,
 ) -> dict[str, Any]:
     """The record of a round that is over: every site of the run, and what they add up to.
 
     A metric that was not measured is null. ``seconds`` are those of the phases in this process; a
-    resumed round has those before its commit in ``record``.
+    resumed round has those before its commit in ``record``. ``aggregation`` is how many it took to fold
+    the updates in and combine them.
     """
     trained: Mapping[str, dict[str, Any]] = record["train"]
     asked = [*trained.values(), *evaluated.values()]
     completed = [entry for entry in trained.values() if entry["state"] == State.COMPLETED]
     return {
         **{key: value for key, value in record.items() if key != "train"},
+        "ended_at": now(),
         "committed": checkpoint is not None,
         "model": model,
         "checkpoint": checkpoint,
@@ -67,6 +70,7 @@ def complete(
             "loss": mean_loss(evaluated.values()),
             "rmse_deg": mean_rmse(evaluated.values()),
             "participation": len(completed) / len(trained) if trained else None,
+            "seconds": aggregation,
         },
         "server": dict(server),
         "bytes": {

@@ -18,14 +18,29 @@ from app.config import RunConfig
 from app.dataset_meta import JOINTS
 from app.exchange import Exchange, Outcome
 from app.job import METRICS
-from app.payload import PayloadError
+from app.manifest import PayloadError, Reason
 from app.rounds import Deadlines, Grid, Site, State, one_line
+from app.run_progress import RunProgress
 from certs.errors import StorageError
 
 _log = logging.getLogger("flwr")
 
 # Every metric a site may report, and null where it did not.
 _SECONDS = {"work_seconds": float, "ready_seconds": float}
+# Of the site's machine while it trained (app.machine); the last is how often the site's trainer was started again.
+_MACHINE = {
+    "samples_per_second": float,
+    "data_wait": float,
+    "gpu_memory_bytes": int,
+    "gpu_memory_total_bytes": int,
+    "gpu_utilization": float,
+    "disk_free_bytes": int,
+    "disk_size_bytes": int,
+    "trainer_restarts": int,
+}
+_SHARES = {"data_wait", "gpu_utilization"}
+# Frames weigh the site's loss.
+_COUNTS = {"frames", *_MACHINE}
 _KINDS: dict[str, dict[str, type]] = {
     MessageType.TRAIN: {
         "loss": float,
@@ -34,6 +49,7 @@ _KINDS: dict[str, dict[str, type]] = {
         "frames": int,
         "grad_norm": float,
         **_SECONDS,
+        **_MACHINE,
     },
     MessageType.EVALUATE: {"loss": float, "frames": int, "rmse_deg": list, **_SECONDS},
 }
@@ -49,6 +65,7 @@ def ask(
     kind: str,
     requests: Mapping[Site, Mapping[str, Any]],
     held: dict[str, str],
+    progress: RunProgress,
     *,
     fold: Fold = lambda *_: None,
     dispatched: Callable[[], None] = lambda: None,
@@ -58,7 +75,8 @@ def ask(
 
     ``requests`` say which ``round`` it is, and the rest of what the site is told. ``held`` says
     which model each site holds and is brought up to date. The exchange closes when ``enough`` sites
-    completed, and at the config's deadlines. ``StorageError`` when this side cannot keep a reply.
+    completed, and at the config's deadlines. ``progress`` is told who is asked, and of each end.
+    ``StorageError`` when this side cannot keep a reply.
     """
     forms = {site: broadcast.form(held.get(site.name)) for site in requests}
     reported: dict[str, dict[str, Any]] = {}
@@ -92,7 +110,9 @@ def ask(
         detail = f", loss {number(found['loss'])}, {found['frames']} frames" if found else ""
         what = f"round {requests[outcome.site]['round']}/{config.rounds} {kind}"
         tell(what, outcome, detail)
+        progress.ended(outcome.site.name, outcome.state.value, outcome.reason)
 
+    progress.asked(kind, down)
     exchange = Exchange(
         grid,
         take,
@@ -115,6 +135,7 @@ def ask(
         entries[name] = {
             "state": outcome.state.value,
             "reason": outcome.reason,
+            "cause": outcome.cause,
             "seconds": outcome.seconds,
             "form": forms[outcome.site] if outcome.sent else None,
             "bytes_down": sum(down[name][: outcome.sent + outcome.resent]),
@@ -140,22 +161,26 @@ def number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
 
 
-def _numbers(value: object) -> list[float]:
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, int | float)]
-
-
 def _metrics(reply: RecordDict, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """The metrics in a site's reply, null where there is none; ``PayloadError`` on a wrong type."""
+    """The metrics in a site's reply, null where there is none; ``PayloadError`` on what is no metric."""
     record = reply.get(METRICS)
     found = dict(record) if isinstance(record, MetricRecord) else {}
     metrics = {name: found.get(name) for name in kinds}
     for name, value in metrics.items():
-        sound = value is None or type(value) is kinds[name]
-        if isinstance(value, list):
-            sound = len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
+        items = value if isinstance(value, list) else [value]
         # What is not finite was not measured, and must not steer the schedule.
-        sound = sound and all(math.isfinite(item) for item in _numbers(value))
-        if not sound:
-            raise PayloadError("metrics", f"The site reports {name} as {one_line(value)}.")
+        finite = all(math.isfinite(item) for item in items if isinstance(item, float))
+        if not finite or not (
+            value is None or (type(value) is kinds[name] and _sound(name, value))
+        ):
+            reason: Reason = "metrics" if finite else "finite"
+            raise PayloadError(reason, f"The site reports {name} as {one_line(value)}.")
     return metrics
+
+
+def _sound(name: str, value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) == len(JOINTS) and all(type(joint) is float for joint in value)
+    if name in _SHARES:
+        return bool(0 <= value <= 1)
+    return bool(value >= 0) or name not in _COUNTS

@@ -72,6 +72,8 @@ class Round:
     number: int
     phase: Phase | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    # Told each phase and the round's number.
+    told: Callable[[str, int], None] = lambda *_: None
     _entered: float = 0.0
 
     def enter(self, phase: Phase) -> None:
@@ -82,6 +84,7 @@ class Round:
         if self.phase is not None:
             self.seconds[self.phase.value] = round(now - self._entered, 3)
         self.phase, self._entered = phase, now
+        self.told(phase.value, self.number)
 
 
 @dataclass(frozen=True)

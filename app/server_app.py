@@ -34,6 +34,7 @@ from app.report import write_report
 from app.requests import ask
 from app.requests import number as shown
 from app.rounds import Phase, Round, Site, State, bounded, one_line, select, wait_for_sites
+from app.run_progress import RunProgress
 from app.schedule import Past
 from app.series import EARLY_STOPPING
 from certs.errors import ConfigError, FleetError, RunFailedError
@@ -101,6 +102,7 @@ class Run:
         self._about |= {"runs": [*self._about["runs"], run_id], "ended": None}
         self._journal.describe(self._about)
         self._checkpoints = directory / "checkpoints"
+        self._progress = RunProgress(directory, name, config.rounds, len(self._records))
 
     def execute(self) -> None:
         """Wait, describe, then the rounds that are left.
@@ -126,6 +128,7 @@ class Run:
             self._end(str(error))
             raise
         finally:
+            self._progress.close()
             self._journal.close()
         _log.info(
             "run %s finished%s: %d of %d rounds committed, model in %s",
@@ -155,7 +158,8 @@ class Run:
         # What every request says: whose run it is, and its settings.
         self._terms = {"lineage": self._about["run"], "config": json.dumps(config.as_dict())}
         _log.info("waiting up to %g s for %d sites", *(config.round_timeout, config.min_sites))
-        self._participants = Participants(self._grid, config, ConfigRecord({**self._terms}))
+        request = ConfigRecord({**self._terms})
+        self._participants = Participants(self._grid, config, request, self._progress)
         recorded = self._about["statistics"]
         self._participants.gather(
             statistics.from_bytes(json.dumps(recorded).encode()) if recorded else None
@@ -185,7 +189,7 @@ class Run:
         _log.info("round %d/%d: resumed from %s", number, self._config.rounds, checkpoint.name)
         if number == len(self._records):
             # The ServerApp died between the commit and the end of the round.
-            self._finish(Round(number), federation["record"], checkpoint)
+            self._finish(self._begin(number), federation["record"], checkpoint)
 
     def _rounds(self) -> str:
         """Run the rounds that are left; how the run ended."""
@@ -206,8 +210,11 @@ class Run:
             self._push(best if best.exists() else self._checkpoints / LATEST)
         return ended
 
+    def _begin(self, number: int) -> Round:
+        return Round(number, told=self._progress.enter)
+
     def _round(self, number: int) -> None:
-        state = Round(number)
+        state, aggregation = self._begin(number), None
         record = begin(number)
         checkpoint = None
         if number == 0:
@@ -233,7 +240,8 @@ class Run:
                     wanted = min(self._config.sites_per_round or len(sites), len(sites))
                     state.enter(Phase.COMMIT if len(updates) >= wanted else Phase.DEGRADE)
                     checkpoint = self._commit(state, record, updates)
-        self._finish(state, record, checkpoint)
+                    aggregation = round(updates.seconds, 6)
+        self._finish(state, record, checkpoint, aggregation)
 
     def _select(self, number: int) -> list[Site]:
         """The sites of this round; ``RunFailedError`` when there is no quorum in time."""
@@ -268,8 +276,9 @@ class Run:
         accepted: dict[str, dict[str, Any]] = {}
 
         def fold(site: Site, content: RecordDict, metrics: Mapping[str, Any]) -> None:
-            update = payload.from_records(content, kind="update")
-            norm = updates.add(site.name, update, metrics["frames"] or 0)
+            with updates.timed():
+                update = payload.from_records(content, kind="update")
+                norm = updates.add(site.name, update, metrics["frames"] or 0)
             accepted[site.name] = {"update_norm": norm, "payload_sha256": update.sha256}
 
         state.enter(Phase.DISPATCH)
@@ -283,6 +292,7 @@ class Run:
                 for site in sites
             },
             self._held,
+            self._progress,
             fold=fold,
             dispatched=lambda: state.enter(Phase.COLLECT),
             enough=config.sites_per_round or None,
@@ -322,7 +332,13 @@ class Run:
             )
         return path
 
-    def _finish(self, state: Round, record: dict[str, Any], checkpoint: Path | None) -> None:
+    def _finish(
+        self,
+        state: Round,
+        record: dict[str, Any],
+        checkpoint: Path | None,
+        aggregation: float | None = None,
+    ) -> None:
         """Evaluate what was committed and write the round's record: from then on it is over."""
         config, number = self._config, state.number
         evaluated: dict[str, dict[str, Any]] = {}
@@ -339,6 +355,7 @@ class Run:
                 MessageType.EVALUATE,
                 {site: self._request(number) for site in self._participants.sites},
                 self._held,
+                self._progress,
             )
             server = own.result(config.round_timeout) if own else {}
             for uri, result in server.items():
@@ -353,6 +370,7 @@ class Run:
             model=self._model.hash,
             checkpoint=str(checkpoint.relative_to(self._journal.directory)) if checkpoint else None,
             seconds=state.seconds,
+            aggregation=aggregation,
         )
         self._records.append(line)
         line["best"] = schedule.best(self._history())

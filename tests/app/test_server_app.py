@@ -263,10 +263,15 @@ def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
         "loss": pytest.approx(1.7),
         "rmse_deg": pytest.approx([1.7] * 6),
         "participation": 1.0,
+        "seconds": one["aggregate"]["seconds"],
     }
+    # Taking in and combining updates happens within these two phases; round 0 has nothing to combine.
+    assert 0 < one["aggregate"]["seconds"] < sum(one["seconds"][k] for k in ("collect", "commit"))
+    assert zero["aggregate"]["seconds"] is None
+    assert one["started_at"] <= one["ended_at"] <= two_["started_at"]
     train = one["sites"]["site-b"]["train"]
     assert train["state"] == "completed"
-    assert train["reason"] is None
+    assert (train["reason"], train["cause"]) == (None, None)
     assert (train["loss"], train["frames"], train["grad_norm"]) == (0.5, 100, 1.0)
     # Not reported by this site: null, never 0.
     assert train["last_loss"] is None
@@ -287,6 +292,44 @@ def test_the_record_has_every_round_and_site(tiny_base: Path) -> None:
         {"site": "site-a", "frames": 300},
         {"site": "site-b", "frames": 100},
     ]
+
+
+def test_who_watches_sees_where_the_run_is(tiny_base: Path, tmp_path: Path) -> None:
+    """Each site looks at the run's progress when its message comes, as an exporter would."""
+    seen: list[tuple[Any, ...]] = []
+    sites = two(tiny_base, rounds=1)
+    site_b = sites["site-b"]
+    asked = ("query", "evaluate", "train", "evaluate")
+
+    def looking(message: Message) -> Message:
+        now = json.loads((tmp_path / "runs" / "17" / "progress.json").read_text())
+        working = {
+            name: (site["kind"], site["state"])
+            for name, site in now["sites"].items()
+            if site["state"] == "working"
+        }
+        seen.append((now["phase"], now["round"], now["rounds"], working))
+        turn = asked[len(seen) - 1]
+        return getattr(site_b, turn)(message)  # type: ignore[no-any-return]
+
+    site_b.override = dict.fromkeys(range(4), looking)
+    directory = start(sites, tiny_base, rounds=1)
+    assert seen == [
+        (phase, number, 1, dict.fromkeys(sites, (kind, "working")))
+        for phase, number, kind in [
+            ("describe", 0, "describe"),
+            ("evaluate", 0, "evaluate"),
+            ("dispatch", 1, "train"),
+            ("evaluate", 1, "evaluate"),
+        ]
+    ]
+    last = json.loads((directory / "progress.json").read_text())
+    assert (last["run"], last["phase"], last["round"], last["sites"]) == ("17", "done", 1, {})
+    # A run that fails says that it is over, too.
+    with pytest.raises(RunFailedError):
+        start(sites, tiny_base, min_sites=3, round_timeout=0.1)
+    last = json.loads((tmp_path / "runs" / "18" / "progress.json").read_text())
+    assert (last["run"], last["phase"]) == ("18", "done")
 
 
 def test_the_log_keeps_its_form(tiny_base: Path, caplog: pytest.LogCaptureFixture) -> None:
