@@ -1,4 +1,4 @@
-"""``vlafleet superexec``, ``vlafleet trainer`` and ``vlafleet data check``."""
+"""``vlafleet superexec``, ``exporter``, ``trainer`` and ``data check``."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from certs.cli import EnrolmentOption, IdentityOption
+from certs.cli import EnrolmentOption, IdentityOption, SuperLinkOption
 from certs.errors import DatasetError
 from certs.identity import Identity
 from certs.roles import Role
@@ -23,9 +23,20 @@ def superexec(
     serve(Identity.load(identity, Role.SUPEREXEC), address, enrolment)
 
 
-def exporter() -> None:
+def exporter(
+    identity: IdentityOption,
+    superlink: SuperLinkOption,
+    runs: Annotated[
+        Path, typer.Option(envvar="VLAFLEET_RUNS", help="Where the ServerApp writes the runs.")
+    ] = Path("runs"),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9095,
+    enrolment: EnrolmentOption = None,
+) -> None:
     """Run the exporter: what the runs are doing, for Prometheus and ``vlafleet status``."""
-    raise NotImplementedError
+    from app.exporter import serve
+
+    serve(Identity.load(identity, Role.EXPORTER), superlink, runs, host, port, enrolment)
 
 
 def trainer(

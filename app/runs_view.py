@@ -18,14 +18,12 @@ from typing import Any, BinaryIO, Final
 from app.journal import CONFIG, LATEST, SCHEMA, read_config
 from app.journal import ROUNDS as LINES
 from app.series import Record
-from app.standing import Course, Standing
+from app.standing import ROUNDS, Course, Standing
 from app.totals import Totals
 from certs.errors import RunFailedError, StorageError
 
 _log = logging.getLogger("vlafleet.exporter")
 
-# The newest run's last lines that are kept whole: a line of 100 sites takes half a megabyte of memory.
-ROUNDS: Final = 20
 PROGRESS: Final = "progress.json"
 # Of progress.json.
 _PROGRESS_SCHEMA = 1
@@ -38,8 +36,9 @@ type _Version = tuple[int, ...] | None
 class View:
     """What the runs say at one moment.
 
-    ``config``, ``rounds`` (its last ``ROUNDS`` lines), ``progress`` and ``standing`` are the newest run's; ``config``
-    is None when there is no run. ``totals`` are over all runs, ``unreadable`` the number of those that are damaged.
+    ``config``, ``rounds`` (its last ``app.standing.ROUNDS`` lines), ``progress`` and ``standing`` are those of the
+    newest run; ``config`` is None when there is no run. ``totals`` are over all runs, ``unreadable`` is how many of
+    them are damaged or of another release.
     """
 
     config: dict[str, Any] | None = None
@@ -257,7 +256,7 @@ class _Run:
                     "of this run is damaged."
                 ) from error
         except RunFailedError as error:
-            if not self._bad_lines:
+            if not self.unreadable:
                 _log.error("%s", error)
             self._bad_lines = True
             return

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
+from typing import Final
 
 from app.series import COMPLETED, Record
+
+# The newest rounds that are known one by one.
+ROUNDS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Standing:
     base_loss: float | None = None
     best_loss: float | None = None
     best_round: int | None = None
+    # Of the newest rounds (``ROUNDS``), by their numbers.
+    losses: Mapping[int, float | None] = field(default_factory=lambda: MappingProxyType({}))
+    # Rounds, without round 0, which commits the base model.
+    committed: int = 0
     # Seconds since 1970.
     checkpoint_at: float | None = None
     # Seconds that combining the last round's updates took.
@@ -59,6 +68,7 @@ class Course:
         self._losses: dict[str, array[float]] = {}
         self._weights: dict[str, int] = {}
         self._newest = 0
+        self._numbers: deque[int] = deque(maxlen=ROUNDS)
 
     def describe(self, sites: Iterable[str]) -> None:
         """Let these sites be there, though nothing is known of them."""
@@ -80,31 +90,35 @@ class Course:
                 site = replace(site, evaluate=evaluate)
                 if (loss := evaluate["loss"]) is not None:
                     self._put(name, number, loss)
-                    best = loss if site.best_loss is None else min(loss, site.best_loss)
+                    lowest = loss if site.best_loss is None else min(loss, site.best_loss)
                     base = loss if number == 0 else site.base_loss
-                    site = replace(site, loss=loss, best_loss=best, base_loss=base)
+                    site = replace(site, loss=loss, best_loss=lowest, base_loss=base)
                     if evaluate["frames"]:
                         weights[name] = evaluate["frames"]
             self._sites[name] = site
         if weights:
             self._weights, self._newest = weights, number
-        best_round = record["best"]
-        committed_at = self.standing.checkpoint_at
+        self._numbers.append(number)
+        before = self.standing
+        committed, committed_at = before.committed, before.checkpoint_at
         if record["committed"]:
+            committed += number > 0
             started = datetime.fromisoformat(record["started_at"]).timestamp()
             # The evaluation comes after the checkpoint.
-            before = (spent for phase, spent in record["seconds"].items() if phase != "evaluate")
-            committed_at = started + sum(before)
-        told = self.standing.train_loss, self.standing.aggregation
+            spent = (each for phase, each in record["seconds"].items() if phase != "evaluate")
+            committed_at = started + sum(spent)
+        best = record["best"]
         self.standing = Standing(
             sites=MappingProxyType(dict(self._sites)),
-            train_loss=_newer(aggregate["train_loss"], told[0]),
+            train_loss=_newer(aggregate["train_loss"], before.train_loss),
             loss=self._mean(self._newest),
             base_loss=self._mean(0),
-            best_loss=None if best_round is None else self._mean(best_round),
-            best_round=best_round,
+            best_loss=None if best is None else self._mean(best),
+            best_round=best,
+            losses=MappingProxyType({each: self._mean(each) for each in self._numbers}),
+            committed=committed,
             checkpoint_at=committed_at,
-            aggregation=_newer(aggregate.get("seconds"), told[1]),
+            aggregation=_newer(aggregate.get("seconds"), before.aggregation),
         )
 
     def _put(self, name: str, number: int, loss: float) -> None:

@@ -9,20 +9,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from app.run_metrics import DROPS
+from app.run_metrics import BUCKETS, DROPS, RESULTS, TIMED
 from app.series import COMPLETED, Record, results
-
-# What became of a round.
-RESULTS: Final = ("committed", "degraded", "failed")
-# Seconds: a tiny model's phase takes less than the second bound, SmolVLA's training on a CPU hours.
-BUCKETS: Final = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
 
 
 @dataclass
 class Durations:
-    """How long something took: how often within each of ``BUCKETS`` (the last: longer), and the sum."""
+    """How often something took up to each of ``BUCKETS`` and no less (the last: longer), and the sum."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
     seconds: float = 0.0
@@ -50,7 +45,9 @@ class Totals:
     drops: dict[str, Counter[str]] = field(default_factory=dict)
     bytes: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
     frames: Counter[str] = field(default_factory=Counter)
-    phases: dict[str, Durations] = field(default_factory=dict)
+    phases: dict[str, Durations] = field(
+        default_factory=lambda: {name: Durations() for name in TIMED}
+    )
     # When a site's own count of its trainer's restarts was told, and that count.
     restarts: dict[str, tuple[str, float]] = field(default_factory=dict)
 
@@ -61,8 +58,9 @@ class Totals:
         if int(record["round"]) > 0:
             totals.rounds[_result(record)] += 1
         totals.describe(record["sites"])
-        for phase, seconds in record["seconds"].items():
-            totals.phases.setdefault(phase, Durations()).add(float(seconds))
+        for phase in TIMED:
+            if (seconds := record["seconds"].get(phase)) is not None:
+                totals.phases[phase].add(float(seconds))
         for site, kind, entry in results(record):
             for direction in ("down", "up"):
                 totals.bytes[site][kind, direction] += int(entry[f"bytes_{direction}"] or 0)
@@ -101,7 +99,7 @@ class Totals:
             self.bytes[site].update(other.bytes[site])
         self.frames.update(other.frames)
         for phase, durations in other.phases.items():
-            self.phases.setdefault(phase, Durations()).merge(durations)
+            self.phases[phase].merge(durations)
         for site, told in other.restarts.items():
             self.restarts[site] = max(told, self.restarts.get(site, told))
 

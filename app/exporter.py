@@ -1,0 +1,228 @@
+"""The exporter: what the runs do, for Prometheus and for ``vlafleet status``, over mutual TLS.
+
+It only reads, and imports neither Flower nor numpy. A thread follows the runs and renders them; a scrape gets what was
+rendered last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, REGISTRY, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from app import run_metrics
+from app.runs_view import Runs
+from app.status import document
+from certs.contexts import client_context
+from certs.enrolment import SITES_PATH
+from certs.errors import ConfigError, FleetError, first_line
+from certs.guard import Application, Guard, Receive, Rule, Scope, Send, allow
+from certs.identity import Identity
+from certs.logs import bind as bind_log
+from certs.process_metrics import ProcessCollector
+from certs.renewal import follow
+from certs.roles import Role
+from certs.server import bind, mutual_tls_server
+
+_log = logging.getLogger("vlafleet.exporter")
+
+STATUS_PATH = "/v1/status"
+# Between two looks at the runs: what changes there takes seconds, and Prometheus asks every few.
+_LOOK_SECONDS = 1.0
+# Older than this, what was read is no longer served: Prometheus says that the exporter is down.
+_STALE_SECONDS = 60.0
+# The SuperLink is asked at most so often, however many watch; it writes heartbeats every 20 s.
+_NODES_SECONDS = 2.0
+_NODES_TIMEOUT_SECONDS = 3.0
+
+
+def serve(
+    identity: Identity, superlink: str, runs: Path, host: str, port: int, enrolment: str | None
+) -> None:
+    """Serve until SIGTERM or SIGINT what the runs below the directory ``runs`` do.
+
+    ``superlink`` and ``enrolment`` are ``host:port``: who says which sites are online, and where the certificate is
+    renewed (None: by hand). The directory need not be there yet; all that is there is read before anybody is answered.
+    """
+    bind_log(role=str(identity.peer.role))
+    if runs.exists() and not runs.is_dir():
+        raise ConfigError(f"--runs {runs} is no directory: name the one that the ServerApp writes")
+    with bind(host, port) as listener:
+        followed = Followed(Runs(runs))
+        REGISTRY.register(ProcessCollector(identity, {"runs": runs}))
+        nodes = Nodes(identity, superlink)
+        guard = Guard(rules(identity.peer.federation, followed, nodes.read), _lifespan, None)
+        server = mutual_tls_server(guard, identity, None)
+        followed.start()
+        follow(identity, enrolment)
+        _log.info("exporter of %s listens on %s port %d", identity.peer.federation, host, port)
+        server.run(sockets=[listener])
+
+
+class Followed(threading.Thread):
+    """The thread that follows the runs; ``view`` and ``text`` are the newest of them."""
+
+    def __init__(self, runs: Runs) -> None:
+        """Read all that is there; raise ``StorageError`` when the directory cannot be listed."""
+        super().__init__(name="runs", daemon=True)
+        self._runs = runs
+        self._over = threading.Event()
+        self._said = ""
+        runs.refresh()
+        self._render()
+
+    def run(self) -> None:
+        """Look once a second until the process ends, or ``stop``."""
+        while not self._over.wait(_LOOK_SECONDS):
+            self.look()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+        self.join()
+
+    def look(self) -> None:
+        """Read and render what is new; what fails is said once and tried again."""
+        try:
+            if self._runs.refresh():
+                self._render()
+        except FleetError as error:
+            if str(error) != self._said:
+                _log.error("%s", error)
+            self._said = str(error)
+        except Exception as error:  # noqa: BLE001 - what cannot be read now may be in a second
+            if first_line(error) != self._said:
+                _log.exception("the runs are not followed")
+            self._said = first_line(error)
+        else:
+            self._said, self.read_at = "", time.monotonic()
+
+    @property
+    def stale(self) -> bool:
+        """Whether nothing could be read for a while."""
+        return time.monotonic() - self.read_at > _STALE_SECONDS
+
+    def _render(self) -> None:
+        self.view = self._runs.view
+        self.text = generate_latest(_Rendered(run_metrics.families(self.view)))
+        self.read_at = time.monotonic()
+
+
+class Nodes:
+    """The SuperNodes that the SuperLink knows (``superlink/sites.py``), asked for with the exporter's certificate."""
+
+    def __init__(self, identity: Identity, superlink: str) -> None:
+        self._client = httpx.Client(
+            verify=client_context(identity),
+            timeout=_NODES_TIMEOUT_SECONDS,
+            # One that lay idle may be gone, and nobody is asked twice.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        self._url = f"https://{superlink}{SITES_PATH}"
+        self._lock = threading.Lock()
+        self._nodes: list[dict[str, Any]] | None = None
+        self._good_until = 0.0
+        self._said = ""
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """Return what the SuperLink says, seconds old at most; None when it does not answer."""
+        with self._lock:
+            if time.monotonic() >= self._good_until:
+                self._nodes = self._ask()
+                self._good_until = time.monotonic() + _NODES_SECONDS
+            return self._nodes
+
+    def _ask(self) -> list[dict[str, Any]] | None:
+        try:
+            nodes: list[dict[str, Any]] = (
+                self._client.get(self._url).raise_for_status().json()["sites"]
+            )
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, ValueError, KeyError) as error:
+            if first_line(error) != self._said:
+                _log.warning("%s does not say who is online: %s", self._url, first_line(error))
+            self._said = first_line(error)
+            return None
+        self._said = ""
+        return nodes
+
+
+def rules(
+    federation: str, followed: Followed, nodes: Callable[[], list[dict[str, Any]] | None]
+) -> dict[str, tuple[Rule, Application]]:
+    """Return which role may ask for what, and what answers."""
+
+    def metrics() -> bytes:
+        return followed.text + generate_latest(REGISTRY)
+
+    def status() -> bytes:
+        return json.dumps(document(federation, followed.view, nodes(), time.time())).encode()
+
+    def health() -> bytes:
+        return b'{"status": "ok"}'
+
+    asked_by = {
+        "/metrics": ({Role.MONITOR}, metrics, CONTENT_TYPE_PLAIN_0_0_4),
+        STATUS_PATH: ({Role.OPERATOR, Role.MONITOR}, status, "application/json"),
+        "/health": ({Role.EXPORTER, Role.MONITOR}, health, "application/json"),
+    }
+    return {
+        path: (_only(roles), _endpoint(answer, form, followed))
+        for path, (roles, answer, form) in asked_by.items()
+    }
+
+
+def _only(roles: Collection[Role]) -> Rule:
+    return allow(lambda peer: peer.role in roles)
+
+
+def _endpoint(answer: Callable[[], bytes], form: str, followed: Followed) -> Application:
+    """Answer GET, and 503 while what would be said is old."""
+
+    async def serve(scope: Scope, _receive: Receive, send: Send) -> None:
+        status, kind = 200, form
+        if scope["method"] != "GET":
+            status, kind, body = 405, "text/plain", b"this path is read with GET\n"
+        elif followed.stale:
+            status, kind, body = 503, "text/plain", b"the runs cannot be read; the log says why\n"
+        else:
+            body = await asyncio.to_thread(answer)
+        headers = [
+            (b"content-type", kind.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        if status != 200:
+            headers.append((b"connection", b"close"))  # what is left of the request is never read
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return serve
+
+
+class _Rendered(Collector):
+    """What ``generate_latest`` takes, of families that are there."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        """Return them."""
+        return self._families
+
+
+async def _lifespan(_scope: Scope, receive: Receive, send: Send) -> None:
+    """Nothing begins or ends with the server (ASGI's lifespan)."""
+    for event in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{event}.complete"})
