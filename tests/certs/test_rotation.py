@@ -319,7 +319,7 @@ def test_the_command_takes_each_step(tmp_path: Path) -> None:
     authority = Authority.load(authority_directory(pki))
     forget(authority, *(line.serial for line in authority.issued() if line.authorities[0] == 1))
     assert "authority 2 signs" in certs("rotate", str(pki), "finish")
-    assert certs(*demo).count("kept") == 7
+    assert certs(*demo).count("kept") == 8
     listed = certs("list", str(pki)).splitlines()[1:]
     assert {line.split()[5] for line in listed} == {"2"}
 
