@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -19,9 +18,8 @@ from certs.errors import ConfigError
 
 FORMAT: Final = "VLAFLEET_LOG_FORMAT"
 
-_FLOWER = "flwr"
 # Loggers that get a handler of their own when their library is imported.
-_OWN_HANDLERS = (_FLOWER, "transformers", "huggingface_hub", "datasets")
+_OWN_HANDLERS = ("flwr", "transformers", "huggingface_hub", "datasets")
 # One line per request, and one per step of Flower's database set-up.
 _CHATTY = ("httpx", "alembic")
 
@@ -47,7 +45,7 @@ class _Json(JsonFormatter):
         )
 
     def process_log_record(self, log_data: LogData) -> LogData:
-        return {"time": log_data.pop("time"), **log_data, **_bound}
+        return {"time": log_data.pop("time"), **_bound, **log_data}
 
 
 def configure() -> None:
@@ -59,23 +57,18 @@ def configure() -> None:
     if wanted not in ("text", "json"):
         raise ConfigError(f"{FORMAT} is {wanted!r}: set it to 'text' or 'json'")
     handler = logging.StreamHandler()
-    formatter: logging.Formatter = logging.Formatter(
-        "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    if wanted == "json":
-        formatter = _Json()
-        for name in _OWN_HANDLERS:
-            _on_handler(name, lambda added: setattr(added, "format", formatter.format))
-        logging.captureWarnings(True)
-        sys.excepthook = _uncaught
-        threading.excepthook = _uncaught_in_thread
-    handler.setFormatter(formatter)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    json = _Json() if wanted == "json" else None
+    handler.setFormatter(json or text)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The root logger would say again what Flower's handler says; until Flower is imported, nobody else says it.
-    flower = logging.getLogger(_FLOWER)
-    _on_handler(_FLOWER, lambda _added: setattr(flower, "propagate", False))
+    for name in _OWN_HANDLERS:
+        _adopt(logging.getLogger(name), json)
+    if json is not None:
+        logging.captureWarnings(True)
+        sys.excepthook = _uncaught
+        threading.excepthook = _uncaught_in_thread
 
 
 def bind(**fields: str | int | None) -> None:
@@ -95,18 +88,21 @@ def say(sentence: str) -> None:
         print(f"vlafleet: {sentence}", file=sys.stderr)
 
 
-def _on_handler(name: str, change: Callable[[logging.Handler], None]) -> None:
-    """Have a logger's handlers changed, those that it has and those that a library's import adds."""
-    logger = logging.getLogger(name)
+def _adopt(logger: logging.Logger, formatter: logging.Formatter | None) -> None:
+    """Give the handlers that a logger has, and those that its library's import will add, a format of ours."""
     add = logger.addHandler
 
-    def changed(hdlr: logging.Handler) -> None:
-        change(hdlr)
+    def adopted(hdlr: logging.Handler) -> None:
+        # The root logger, which spoke for it until now, would say everything again.
+        logger.propagate = False
+        if formatter is not None:
+            # Flower's handler has a format of its own, and asks no formatter.
+            hdlr.format = formatter.format  # type: ignore[method-assign]
         add(hdlr)
 
     for handler in logger.handlers:
-        change(handler)
-    logger.addHandler = changed  # type: ignore[method-assign]
+        adopted(handler)
+    logger.addHandler = adopted  # type: ignore[method-assign]
 
 
 def _uncaught(

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from certs.guard import REFUSED, Guard, allow, client_address, unfit
 from certs.roles import Peer, Role
@@ -97,7 +98,11 @@ def test_who_passes(holder: Peer | None, path: str, reason: str) -> None:
 
 
 def test_a_refusal_says_who_where_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    before = REFUSED.labels("monitor", "/v1/fleet/", "role")._value.get()
+    def counted() -> list[float]:
+        told = REGISTRY.get_sample_value("vlafleet_refusals_total", {"kind": "request"})
+        return [REFUSED.labels("monitor", "/v1/fleet/", "role")._value.get(), told or 0.0]
+
+    before = counted()
     with caplog.at_level(logging.WARNING):
         asked = Asked(peer(Role.MONITOR), "/v1/fleet/\n\x1b[31m")
     assert asked.refused == [
@@ -110,7 +115,7 @@ def test_a_refusal_says_who_where_and_why(caplog: pytest.LogCaptureFixture) -> N
             "address": "192.0.2.7",
         }
     ]
-    assert REFUSED.labels("monitor", "/v1/fleet/", "role")._value.get() == before + 1
+    assert counted() == [value + 1 for value in before]
     (line,) = [one.getMessage() for one in caplog.records]
     assert line.isprintable()
     assert "address=192.0.2.7 reason=role" in line

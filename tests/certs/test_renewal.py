@@ -21,7 +21,7 @@ from certs.identity import (
     identity_directory,
     store_identity,
 )
-from certs.renewal import Follower, pause_before_retry, renew
+from certs.renewal import RENEWAL_FAILURES, Follower, pause_before_retry, renew
 from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Peer, Role
 from tests.renewing import Answer, Fleet, Signer, answer
 from tests.serving import Serving, anybody, backdate, serving
@@ -347,6 +347,7 @@ def test_a_failure_is_said_and_tried_again(
 ) -> None:
     signer.fault = lambda _request, _peer: answer(503, code="unavailable", detail="Busy.")
     follower = Follower(lived(0.7), address(service))
+    counted = RENEWAL_FAILURES.labels(Role.SITE)._value.get()
     now = 0.0
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr("certs.renewal.time", clock)
@@ -354,6 +355,7 @@ def test_a_failure_is_said_and_tried_again(
     for now in (0.0, 0.9, 1.0, 2.9, 3.0, 6.9, 7.0):  # noqa: B007
         follower.look()
     assert len(signer.requests) == 4
+    assert RENEWAL_FAILURES.labels(Role.SITE)._value.get() == counted + 4
     assert [line.split(": ")[0] for line in said(caplog, logging.WARNING)] == [
         f"not renewed, tried again in {seconds} s" for seconds in (1, 2, 4, 8)
     ]
