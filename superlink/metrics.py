@@ -48,8 +48,8 @@ _ISSUED_LIFETIME = Metric(
 )
 METRICS: Final = (_ONLINE, _HEARTBEAT, _RUNS, _INVITATIONS, _ISSUED_EXPIRY, _ISSUED_LIFETIME)
 
-# Flower's (flwr.common.constant.Status).
-RUN_STATUSES: Final = ("pending", "starting", "running", "finished")
+# Flower's (flwr.common.constant.Status), and how it finished (SubStatus).
+RUN_STATUSES: Final = ("pending", "starting", "running", "completed", "failed", "stopped")
 _INVITATION_STATES = ("open", "used", "expired", "cancelled")
 # Whoever has not renewed by then has left.
 _EXPIRED_FOR = timedelta(days=1)
@@ -76,7 +76,7 @@ class FleetCollector(Collector):
             if (last := last_heartbeat(node)) is not None:
                 heartbeat.add_metric([node.name], last)
         runs = _RUNS.gauge()
-        found = Counter(run.status.status for run in state.get_run_info())
+        found = Counter(run.status.sub_status or run.status.status for run in state.get_run_info())
         for status in RUN_STATUSES:
             runs.add_metric([status], found[status])
         yield from (online, heartbeat, runs)

@@ -22,6 +22,7 @@ from superlink import enrolment_api, metrics
 from superlink.invitations import Invitations
 from superlink.metrics import RUN_STATUSES, EnrolmentCollector, FleetCollector
 
+FINISHED = {"completed", "failed", "stopped"}
 NOW = datetime.now(UTC)
 
 
@@ -51,7 +52,15 @@ def node(name: str, status: str, online_until: float | None) -> SimpleNamespace:
 
 def factory(nodes: list[Any], statuses: Iterable[str]) -> Any:
     """A stand-in for Flower's LinkStateFactory."""
-    runs = [SimpleNamespace(status=SimpleNamespace(status=status)) for status in statuses]
+    runs = [
+        SimpleNamespace(
+            status=SimpleNamespace(
+                status="finished" if status in FINISHED else status,
+                sub_status=status if status in FINISHED else "",
+            )
+        )
+        for status in statuses
+    ]
     state = SimpleNamespace(get_node_info=lambda: nodes, get_run_info=lambda: runs)
     return SimpleNamespace(state=lambda: state)
 
@@ -64,7 +73,9 @@ def test_the_sites_and_the_runs() -> None:
         node("site-c", "registered", None),
         node("site-d", "unregistered", until),
     ]
-    families = list(FleetCollector(factory(nodes, ["finished", "running", "finished"])).collect())
+    families = list(
+        FleetCollector(factory(nodes, ["failed", "running", "completed", "failed"])).collect()
+    )
     assert_declared(families, metrics.METRICS)
     told = values(families)
     assert {key[1]: value for key, value in told.items() if key[0] == "vlafleet_site_online"} == {
@@ -79,14 +90,22 @@ def test_the_sites_and_the_runs() -> None:
         "pending": 0,
         "starting": 0,
         "running": 1,
-        "finished": 2,
+        "completed": 1,
+        "failed": 2,
+        "stopped": 0,
     }
 
 
 def test_flower_has_these_statuses() -> None:
-    from flwr.common.constant import Status
+    from flwr.common.constant import Status, SubStatus
 
-    assert {value for name, value in vars(Status).items() if name.isupper()} == set(RUN_STATUSES)
+    words = {
+        value
+        for kind in (Status, SubStatus)
+        for name, value in vars(kind).items()
+        if name.isupper()
+    }
+    assert words - {Status.FINISHED} == set(RUN_STATUSES)
 
 
 def issued(
