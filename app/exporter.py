@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from app import run_metrics
 from app.runs_view import Runs
-from app.status import document
+from app.status import PATH, document
 from certs.contexts import client_context
 from certs.enrolment import SITES_PATH
 from certs.errors import ConfigError, FleetError, first_line
@@ -37,7 +37,6 @@ from certs.server import bind, mutual_tls_server
 
 _log = logging.getLogger("vlafleet.exporter")
 
-STATUS_PATH = "/v1/status"
 # Between two looks at the runs: what changes there takes seconds, and Prometheus asks every few.
 _LOOK_SECONDS = 1.0
 # Older than this, what was read is no longer served: Prometheus says that the exporter is down.
@@ -79,6 +78,7 @@ class Followed(threading.Thread):
         self._runs = runs
         self._over = threading.Event()
         self._said = ""
+        self._behind = True
         runs.refresh()
         self._render()
 
@@ -95,7 +95,8 @@ class Followed(threading.Thread):
     def look(self) -> None:
         """Read and render what is new; what fails is said once and tried again."""
         try:
-            if self._runs.refresh():
+            self._behind |= self._runs.refresh()
+            if self._behind:
                 self._render()
         except FleetError as error:
             if str(error) != self._said:
@@ -116,6 +117,7 @@ class Followed(threading.Thread):
     def _render(self) -> None:
         self.view = self._runs.view
         self.text = generate_latest(_Rendered(run_metrics.families(self.view)))
+        self._behind = False
         self.read_at = time.monotonic()
 
 
@@ -173,7 +175,7 @@ def rules(
 
     asked_by = {
         "/metrics": ({Role.MONITOR}, metrics, CONTENT_TYPE_PLAIN_0_0_4),
-        STATUS_PATH: ({Role.OPERATOR, Role.MONITOR}, status, "application/json"),
+        PATH: ({Role.OPERATOR, Role.MONITOR}, status, "application/json"),
         "/health": ({Role.EXPORTER, Role.MONITOR}, health, "application/json"),
     }
     return {

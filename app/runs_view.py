@@ -12,11 +12,14 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
-from app.journal import CONFIG, LATEST, SCHEMA, read_config
+from app import run_progress
+from app.journal import CONFIG, LATEST, parse, read_config
 from app.journal import ROUNDS as LINES
+from app.run_progress import FILE
 from app.series import Record
 from app.standing import ROUNDS, Course, Standing
 from app.totals import Totals
@@ -24,9 +27,9 @@ from certs.errors import RunFailedError, StorageError
 
 _log = logging.getLogger("vlafleet.exporter")
 
-PROGRESS: Final = "progress.json"
-# Of progress.json.
-_PROGRESS_SCHEMA = 1
+
+# What reading a line raises that is JSON of this release and no record of a round.
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
 # Tells one version of a file from the next: device and inode, size, time of change. None: it is not there.
 type _Version = tuple[int, ...] | None
@@ -68,13 +71,12 @@ class Runs:
 
         ``StorageError`` when the directory cannot be listed; ``view`` is then as it was.
         """
-        there = self._directories()
-        changed = False
-        for name in there:
+        for name in self._directories():
             if name not in self._runs:
                 self._runs[name] = _Run(self._root / name, self._totals)
+        changed = False
         for run in self._runs.values():
-            changed |= run.look()
+            changed |= run.look_at_config()
         newest = self._find_newest()
         if newest is not self._newest:
             if self._newest is not None:
@@ -83,6 +85,8 @@ class Runs:
                 newest.remember()
             self._newest = newest
             changed = True
+        for run in self._runs.values():
+            changed |= run.look_at_lines()
         if newest is not None:
             changed |= newest.look_at_progress()
         if changed:
@@ -128,7 +132,7 @@ class Runs:
             progress=newest.progress,
             totals=totals,
             unreadable=unreadable,
-            standing=newest.course.standing,
+            standing=newest.course.standing(),
         )
 
 
@@ -151,38 +155,35 @@ class _Run:
         self._progress_version: _Version = None
         self._bad_config = self._bad_lines = False
         self._offset = self._number = 0
+        self._sites: list[str] = []
 
     @property
     def unreadable(self) -> bool:
         """Whether some of what is there cannot be read."""
         return self._bad_config or self._bad_lines
 
-    def look(self) -> bool:
-        """Read what is new of ``config.json`` and ``rounds.jsonl``; True when something is."""
-        return self._look_at_config() | self._look_at_lines()
-
     def look_at_progress(self) -> bool:
         """Read ``progress.json`` if it changed; True when it did."""
-        version = _version(self.directory / PROGRESS)
+        version = _version(self.directory / FILE)
         if version == self._progress_version:
             return False
         self._progress_version = version
-        self.progress = _read_progress(self.directory / PROGRESS)
+        self.progress = _read_progress(self.directory / FILE, self.directory.name)
         return True
 
     def remember(self) -> None:
         """Begin to keep how the run stands: read all of it again."""
         self.course = Course()
-        self._config_version = self._progress_version = None
-        self._begin_again()
-        self.look()
+        self._config_version = self._lines_version = self._progress_version = None
+        self.look_at_config()
 
     def forget(self) -> None:
         """Keep the counts only."""
         self.course = self.config = self.progress = None
         self.rounds.clear()
 
-    def _look_at_config(self) -> bool:
+    def look_at_config(self) -> bool:
+        """Read ``config.json`` if it changed; True when it did."""
         path = self.directory / CONFIG
         version = _version(path)
         if version == self._config_version:
@@ -199,14 +200,15 @@ class _Run:
             self._bad_config = True
             _log.error("%s", error)
             return True
-        self.started_at = str(config.get("started_at"))
+        self.started_at, self._sites = config["started_at"], sites
         self._totals.describe(sites)
         if self.course is not None:
             self.config = config
             self.course.describe(sites)
         return True
 
-    def _look_at_lines(self) -> bool:
+    def look_at_lines(self) -> bool:
+        """Read what is new of ``rounds.jsonl``; True when something is."""
         path = self.directory / LINES
         version = _version(path)
         if version == self._lines_version:
@@ -232,6 +234,9 @@ class _Run:
         self._lines_version = None
         self._bad_lines = False
         self.rounds.clear()
+        if self.course is not None:
+            self.course = Course()
+            self.course.describe(self._sites)
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         """The whole lines from where the last look ended; a line without its newline is not there yet."""
@@ -244,63 +249,61 @@ class _Run:
             yield line
 
     def _take(self, line: bytes, path: Path) -> None:
+        where = f"Line {self._number} of {path}"
         try:
-            record = _parse(line, f"Line {self._number} of {path}")
             try:
-                totals = Totals.of(record)
+                record = parse(line.decode(), where)
+                # Of a file that is read again, what is counted already is not counted twice.
+                if record["round"] >= self._counted:
+                    self._totals.add(record)
+                    self._counted = record["round"] + 1
                 if self.course is not None:
                     self.course.add(record)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                    self.rounds.append(record)
+            except _DAMAGED as error:
                 raise RunFailedError(
-                    f"Line {self._number} of {path} is no record of a round ({error!r}): the record "
-                    "of this run is damaged."
+                    f"{where} is no record of a round ({error!r}): the record of this run is damaged."
                 ) from error
         except RunFailedError as error:
             if not self.unreadable:
                 _log.error("%s", error)
             self._bad_lines = True
-            return
-        if record["round"] >= self._counted:
-            self._totals.merge(totals)
-            self._counted = record["round"] + 1
-        if self.course is not None:
-            self.rounds.append(record)
 
 
 def _described(config: Record, path: Path) -> list[str]:
-    """The names of the sites that have described themselves."""
-    sites = config.get("sites") or {}
-    if not isinstance(sites, dict):
-        raise RunFailedError(f"{path} holds no sites by name: the record of this run is damaged.")
+    """The names of the sites that have described themselves; ``RunFailedError`` for what is no run's config."""
+    sites, settings = config.get("sites") or {}, config.get("config")
+    try:
+        datetime.fromisoformat(config["started_at"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFailedError(
+            f"{path} does not say when the run began: the record of this run is damaged."
+        ) from error
+    if not isinstance(settings, dict) or not isinstance(sites, dict):
+        raise RunFailedError(
+            f"{path} holds no settings, or no sites by name: the record of this run is damaged."
+        )
     return list(sites)
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise RunFailedError(
-            f"{where} is not JSON ({error}): the record of this run is damaged."
-        ) from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        version = record.get("schema") if isinstance(record, dict) else None
-        raise RunFailedError(f"{where} has version {version}, this vlafleet reads {SCHEMA}.")
-    return record
-
-
-def _read_progress(path: Path) -> dict[str, Any] | None:
-    """What the run is at; None where it does not say."""
+def _read_progress(path: Path, run: object) -> dict[str, Any] | None:
+    """What ``run`` is at; None where that is not said."""
     try:
         progress = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        known = progress["schema"] == run_progress.SCHEMA and progress["run"] == run
+        float(progress["since"]), int(progress["round"]), str(progress["phase"])
+        known &= all(isinstance(site, dict) for site in progress["sites"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    known = isinstance(progress, dict) and progress.get("schema") == _PROGRESS_SCHEMA
     return progress if known else None
 
 
 def _version(path: Path) -> _Version:
     try:
         status = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:
+        # Whoever opens it learns why.
+        return 0, 0, 0, 0
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -6,18 +6,18 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from datetime import datetime
-from types import MappingProxyType
 from typing import Final
 
-from app.series import COMPLETED, Record
+from app.series import COMPLETED, Record, results
 
 # The newest rounds that are known one by one.
 ROUNDS: Final = 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class SiteStanding:
     """What the rounds say of a site; None what they do not.
 
@@ -42,14 +42,14 @@ class Standing:
     one of a round that lacks such a site is None (as ``app.record.history``).
     """
 
-    sites: Mapping[str, SiteStanding] = field(default_factory=lambda: MappingProxyType({}))
+    sites: Mapping[str, SiteStanding] = field(default_factory=dict)
     train_loss: float | None = None
     loss: float | None = None
     base_loss: float | None = None
     best_loss: float | None = None
     best_round: int | None = None
     # Of the newest rounds (``ROUNDS``), by their numbers.
-    losses: Mapping[int, float | None] = field(default_factory=lambda: MappingProxyType({}))
+    losses: Mapping[int, float | None] = field(default_factory=dict)
     # Rounds, without round 0, which commits the base model.
     committed: int = 0
     # Seconds since 1970.
@@ -62,63 +62,71 @@ class Course:
     """Takes a run's rounds in, one after the other, and says how it stands."""
 
     def __init__(self) -> None:
-        self.standing = Standing()
         self._sites: dict[str, SiteStanding] = {}
         # A held-out loss a round, from round 0 on; NaN where none was measured.
         self._losses: dict[str, array[float]] = {}
-        self._weights: dict[str, int] = {}
-        self._newest = 0
+        # The newest evaluation: its round, and the frames of each site that it measured.
+        self._newest, self._weights = 0, dict[str, int]()
         self._numbers: deque[int] = deque(maxlen=ROUNDS)
+        self._best: int | None = None
+        self._committed = 0
+        self._checkpoint_at: float | None = None
+        self._train_loss: float | None = None
+        self._aggregation: float | None = None
 
     def describe(self, sites: Iterable[str]) -> None:
         """Let these sites be there, though nothing is known of them."""
         for name in sites:
             self._sites.setdefault(name, SiteStanding())
-        self.standing = replace(self.standing, sites=MappingProxyType(dict(self._sites)))
 
     def add(self, record: Record) -> None:
-        """Take a round's record in, one that ``Totals.of`` could count."""
+        """Take a round's record in."""
         number, aggregate = int(record["round"]), record["aggregate"]
+        self.describe(record["sites"])
         weights: dict[str, int] = {}
-        for name, entries in record["sites"].items():
-            site = self._sites.get(name, SiteStanding())
-            if (train := entries["train"]) is not None:
-                site = replace(site, train=train, round=number)
-                if train["state"] == COMPLETED:
-                    site = replace(site, completed=train)
-            if (evaluate := entries["evaluate"]) is not None:
-                site = replace(site, evaluate=evaluate)
-                if (loss := evaluate["loss"]) is not None:
-                    self._put(name, number, loss)
-                    lowest = loss if site.best_loss is None else min(loss, site.best_loss)
-                    base = loss if number == 0 else site.base_loss
-                    site = replace(site, loss=loss, best_loss=lowest, base_loss=base)
-                    if evaluate["frames"]:
-                        weights[name] = evaluate["frames"]
-            self._sites[name] = site
+        for name, kind, entry in results(record):
+            site = self._sites[name]
+            if kind == "train":
+                site.train, site.round = entry, number
+                if entry["state"] == COMPLETED:
+                    site.completed = entry
+                continue
+            site.evaluate = entry
+            if (loss := entry["loss"]) is not None:
+                self._put(name, number, loss)
+                site.loss = loss
+                site.best_loss = loss if site.best_loss is None else min(loss, site.best_loss)
+                site.base_loss = loss if number == 0 else site.base_loss
+                if entry["frames"]:
+                    weights[name] = entry["frames"]
         if weights:
-            self._weights, self._newest = weights, number
+            self._newest, self._weights = number, weights
         self._numbers.append(number)
-        before = self.standing
-        committed, committed_at = before.committed, before.checkpoint_at
+        self._best = record["best"]
         if record["committed"]:
-            committed += number > 0
+            self._committed += number > 0
             started = datetime.fromisoformat(record["started_at"]).timestamp()
             # The evaluation comes after the checkpoint.
             spent = (each for phase, each in record["seconds"].items() if phase != "evaluate")
-            committed_at = started + sum(spent)
-        best = record["best"]
-        self.standing = Standing(
-            sites=MappingProxyType(dict(self._sites)),
-            train_loss=_newer(aggregate["train_loss"], before.train_loss),
+            self._checkpoint_at = started + sum(spent)
+        if aggregate["train_loss"] is not None:
+            self._train_loss = aggregate["train_loss"]
+        if aggregate.get("seconds") is not None:
+            self._aggregation = aggregate["seconds"]
+
+    def standing(self) -> Standing:
+        """How the run stands now."""
+        return Standing(
+            sites={name: copy(site) for name, site in self._sites.items()},
+            train_loss=self._train_loss,
             loss=self._mean(self._newest),
             base_loss=self._mean(0),
-            best_loss=None if best is None else self._mean(best),
-            best_round=best,
-            losses=MappingProxyType({each: self._mean(each) for each in self._numbers}),
-            committed=committed,
-            checkpoint_at=committed_at,
-            aggregation=_newer(aggregate.get("seconds"), before.aggregation),
+            best_loss=None if self._best is None else self._mean(self._best),
+            best_round=self._best,
+            losses={each: self._mean(each) for each in self._numbers},
+            committed=self._committed,
+            checkpoint_at=self._checkpoint_at,
+            aggregation=self._aggregation,
         )
 
     def _put(self, name: str, number: int, loss: float) -> None:
@@ -135,7 +143,3 @@ class Course:
                 return None
             total += losses[number] * frames
         return total / sum(self._weights.values()) if self._weights else None
-
-
-def _newer(value: float | None, before: float | None) -> float | None:
-    return before if value is None else value

@@ -5,9 +5,11 @@ They only grow while a process counts: a counter that falls reads as one that be
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +28,6 @@ class Durations:
         """Count one."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.seconds += seconds
-
-    def merge(self, other: Durations) -> None:
-        """Count what ``other`` has."""
-        self.counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
-        self.seconds += other.seconds
 
 
 @dataclass
@@ -51,34 +48,37 @@ class Totals:
     # When a site's own count of its trainer's restarts was told, and that count.
     restarts: dict[str, tuple[str, float]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, record: Record) -> Totals:
-        """The counts of one round; ``KeyError``, ``TypeError`` or ``ValueError`` when it is not a round's record."""
-        totals = cls()
-        if int(record["round"]) > 0:
-            totals.rounds[_result(record)] += 1
-        totals.describe(record["sites"])
-        for phase in TIMED:
-            if (seconds := record["seconds"].get(phase)) is not None:
-                totals.phases[phase].add(float(seconds))
+    def add(self, record: Record) -> None:
+        """Count a round: all of it or, with ``KeyError``, ``TypeError`` or ``ValueError``, nothing."""
+        self.describe(record["sites"])
+        rounds = [_result(record)] if int(record["round"]) > 0 else []
+        spent = {phase: float(record["seconds"].get(phase, math.nan)) for phase in TIMED}
+        counts: list[tuple[Counter[Any], Any, int]] = []
+        restarts: dict[str, tuple[str, float]] = {}
         for site, kind, entry in results(record):
-            for direction in ("down", "up"):
-                totals.bytes[site][kind, direction] += int(entry[f"bytes_{direction}"] or 0)
-            if kind != "train":
-                continue
-            if (reason := dropped(entry)) is not None:
-                totals.drops[site][reason] += 1
-            else:
-                totals.frames[site] += int(entry["frames"] or 0)
-            if (restarts := entry.get("trainer_restarts")) is not None:
-                totals.restarts[site] = str(record["started_at"]), float(restarts)
-        return totals
+            counts += [
+                (self.bytes[site], (kind, way), int(entry[f"bytes_{way}"] or 0))
+                for way in ("down", "up")
+            ]
+            if kind == "train":
+                if (reason := dropped(entry)) is not None:
+                    counts.append((self.drops[site], reason, 1))
+                else:
+                    counts.append((self.frames, site, int(entry["frames"] or 0)))
+                if (told := entry.get("trainer_restarts")) is not None:
+                    restarts[site] = str(record["started_at"]), float(told)
+        # From here on nothing fails.
+        self.rounds.update(rounds)
+        for counter, key, number in counts:
+            counter[key] += number
+        for phase, seconds in spent.items():
+            if not math.isnan(seconds):
+                self.phases[phase].add(seconds)
+        self._tell(restarts)
 
     def copy(self) -> Totals:
         """The same counts, which stay as they are."""
-        totals = Totals()
-        totals.merge(self)
-        return totals
+        return deepcopy(self)
 
     def describe(self, sites: Iterable[str]) -> None:
         """Let every count of these sites be there."""
@@ -90,17 +90,9 @@ class Totals:
                 )
                 self.frames[site] = 0
 
-    def merge(self, other: Totals) -> None:
-        """Count what ``other`` has."""
-        self.rounds.update(other.rounds)
-        self.describe(other.drops)
-        for site, reasons in other.drops.items():
-            self.drops[site].update(reasons)
-            self.bytes[site].update(other.bytes[site])
-        self.frames.update(other.frames)
-        for phase, durations in other.phases.items():
-            self.phases[phase].merge(durations)
-        for site, told in other.restarts.items():
+    def _tell(self, restarts: Mapping[str, tuple[str, float]]) -> None:
+        """Keep what each site told last, in whatever order the runs are read."""
+        for site, told in restarts.items():
             self.restarts[site] = max(told, self.restarts.get(site, told))
 
 
@@ -111,6 +103,7 @@ def dropped(entry: Mapping[str, Any]) -> str | None:
         return None
     if state not in DROPS:
         raise ValueError(f"{state!r} is no state that a site ends in")
+    # app.cause.FINITE, which needs numpy.
     diverged = state in ("error", "invalid") and entry.get("cause") == "finite"
     return "diverged" if diverged else state
 
