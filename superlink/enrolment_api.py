@@ -50,9 +50,11 @@ _RENEWALS = Metric(
 METRICS: Final = (_ENROLMENTS, _RENEWALS)
 ENROLMENTS, RENEWALS = _ENROLMENTS.counting(REGISTRY), _RENEWALS.counting(REGISTRY)
 # There from the start: increase() does not see what a series begins with.
-for _result in ("enrolled", "approved", *sorted(CODES)):
+ENROLMENT_RESULTS: Final = ("enrolled", "approved", *sorted(CODES))
+RENEWAL_RESULTS: Final = ("renewed", *sorted(CODES))
+for _result in ENROLMENT_RESULTS:
     ENROLMENTS.labels(_result)
-for _result in ("renewed", *sorted(CODES)):
+for _result in RENEWAL_RESULTS:
     RENEWALS.labels(_result)
 
 # What waits for the SuperLink, a request at a time. It answers in 50 ms, so the last of them waits 2 s.

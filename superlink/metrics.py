@@ -46,11 +46,13 @@ _ISSUED_LIFETIME = Metric(
     "How long the newest certificate of a holder was to live.",
     ["role", "name"],
 )
-METRICS: Final = (_ONLINE, _HEARTBEAT, _RUNS, _INVITATIONS, _ISSUED_EXPIRY, _ISSUED_LIFETIME)
+SUPERLINK: Final = (_ONLINE, _HEARTBEAT, _RUNS)
+ENROLMENT: Final = (_INVITATIONS, _ISSUED_EXPIRY, _ISSUED_LIFETIME)
+METRICS: Final = (*SUPERLINK, *ENROLMENT)
 
 # Flower's (flwr.common.constant.Status), and how it finished (SubStatus).
 RUN_STATUSES: Final = ("pending", "starting", "running", "completed", "failed", "stopped")
-_INVITATION_STATES = ("open", "used", "expired", "cancelled")
+INVITATION_STATES: Final = ("open", "used", "expired", "cancelled")
 # Whoever has not renewed by then has left.
 _EXPIRED_FOR = timedelta(days=1)
 
@@ -100,7 +102,7 @@ class EnrolmentCollector(Collector):
         """Yield the current values."""
         states = Counter(str(entry["state"]) for entry in self._invitations.listed())
         invitations = _INVITATIONS.gauge()
-        for state in _INVITATION_STATES:
+        for state in INVITATION_STATES:
             invitations.add_metric([state], states[state])
         expiry, lifetime = _ISSUED_EXPIRY.gauge(), _ISSUED_LIFETIME.gauge()
         for line in _newest(self._issued(), datetime.now(UTC)):
