@@ -27,6 +27,7 @@ from app.manifest import PayloadError
 from app.payload import Payload
 from app.trainer_metrics import Metrics, Result
 from app.trainer_wire import receive, same_user, send
+from certs import logs
 from certs.errors import FleetError, RunFailedError, first_line
 from certs.parent import end_with_parent
 
@@ -210,13 +211,10 @@ def main(make: Callable[[], Handler] = worker) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # a sandbox may have no such file
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure()
+    logs.bind(role="trainer")
     started = time.monotonic()
     handler = make()
-    # Where Flower was imported, its logger has a handler of its own.
-    logging.getLogger("flwr").propagate = not logging.getLogger("flwr").handlers
     _log.info("ready after %.1f s", time.monotonic() - started)
     try:
         Trainer(handler).serve(socket.socket(fileno=int(sys.argv[1])))

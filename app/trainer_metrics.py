@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
     Info,
     ProcessCollector,
@@ -19,18 +18,21 @@ from prometheus_client import (
     generate_latest,
 )
 
+from certs import site_metrics as said
+from certs.metric import Metric
+
 type Result = Literal["completed", "error", "cancelled", "failed", "broken"]
 
-# What a job may say of its progress, the metric's name, and what it is.
+# What a job may say of its progress, and the metric that tells it.
 _PROGRESS = {
-    "round": ("round", "The round of the job that was last reported."),
-    "step": ("step", "The training step that was last reported."),
-    "steps": ("steps", "Training steps of a round."),
-    "loss": ("loss", "The training loss that was last reported."),
-    "samples_per_second": ("samples_per_second", "Frames trained on in a second."),
-    "cached": ("cached_frames", "Frames whose prefix the cache has, while it is made."),
-    "frames": ("frames", "Frames of the dataset that the cache is made for."),
-    "data_wait": ("data_wait_ratio", "The share of training time spent waiting for data."),
+    "round": said.ROUND,
+    "step": said.STEP,
+    "steps": said.STEPS,
+    "loss": said.LOSS,
+    "samples_per_second": said.RATE,
+    "cached": said.CACHED,
+    "frames": said.FRAMES,
+    "data_wait": said.WAIT,
 }
 
 
@@ -45,38 +47,38 @@ class Metrics:
     """A registry of its own; all names start with ``vlafleet_trainer_``."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
         # Memory, CPU seconds, open files and start time of this process.
-        ProcessCollector(namespace="vlafleet_trainer", registry=registry)
-        self._progress = {
-            said: Gauge(f"vlafleet_trainer_{name}", text, registry=registry)
-            for said, (name, text) in _PROGRESS.items()
+        ProcessCollector(namespace="vlafleet_trainer", registry=self._registry)
+        self._progress = {name: self._gauge(metric) for name, metric in _PROGRESS.items()}
+        episodes, frames = self._gauge(said.EPISODES), self._gauge(said.DATASET_FRAMES)
+        # Of the dataset: true until another job says something else.
+        self._dataset = {
+            "train_episodes": (episodes, "train"),
+            "held_out_episodes": (episodes, "held_out"),
+            "train_frames": (frames, "train"),
+            "held_out_frames": (frames, "held_out"),
         }
-        self._cache = Info(
-            "vlafleet_trainer_cache", "Where the prefix cache is.", registry=registry
-        )
-        self._jobs = Counter(
-            "vlafleet_trainer_jobs", "Jobs by kind and how they ended.", ["kind", "result"],
-            registry=registry,
-        )  # fmt: skip
+        self._cache = Info(said.CACHE.name, said.CACHE.help, registry=self._registry)
+        self._jobs = said.JOBS.counting(self._registry)
         self._seconds = Summary(
-            "vlafleet_trainer_job_seconds", "How long jobs took.", ["kind"], registry=registry
+            said.JOB_SECONDS.name,
+            said.JOB_SECONDS.help,
+            said.JOB_SECONDS.labels,
+            registry=self._registry,
         )
-        self._busy = Gauge("vlafleet_trainer_busy", "Whether a job runs.", registry=registry)
-        self.waiting = Gauge(
-            "vlafleet_trainer_jobs_waiting", "Jobs that wait for their turn.", registry=registry
-        )
-        Gauge(
-            "vlafleet_trainer_gpu_memory_bytes",
-            "GPU memory that torch holds in this process.",
-            registry=registry,
-        ).set_function(_gpu_memory)
+        self._busy = self._gauge(said.BUSY)
+        self.waiting = self._gauge(said.WAITING)
+        self._gauge(said.TORCH_MEMORY).set_function(_gpu_memory)
 
     def progress(self, values: Mapping[str, float | int | str]) -> None:
         """Note what a job says of its progress; what has no metric is left out."""
         for name, value in values.items():
             if name in self._progress:
                 self._progress[name].set(float(value))
+            elif name in self._dataset:
+                gauge, part = self._dataset[name]
+                gauge.labels(part).set(float(value))
         if "cache_tier" in values:
             self._cache.info({"tier": str(values["cache_tier"])})
 
@@ -94,6 +96,9 @@ class Metrics:
     def text(self) -> str:
         """All of it in Prometheus's text format."""
         return generate_latest(self._registry).decode()
+
+    def _gauge(self, metric: Metric) -> Gauge:
+        return Gauge(metric.name, metric.help, metric.labels, registry=self._registry)
 
 
 def _gpu_memory() -> float:

@@ -202,8 +202,11 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise ``AddressError`` with a sentence when the address is taken or not ours."""
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
+    """Return a listening socket; raise ``AddressError`` with a sentence when the address is taken or not ours.
+
+    ``option`` is the one that the operator chooses another port with.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off only where it reads that this is TCP; with it every answer waited 40 ms for
     # the peer's delayed acknowledgement (measured: 44 ms a request instead of 1).
@@ -216,7 +219,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise AddressError(
-                f"port {port} on {host} is in use by another process; stop it or choose another --port"
+                f"port {port} on {host} is in use by another process; stop it or choose another {option}"
             ) from error
         raise AddressError(
             f"cannot listen on {host} port {port}: {error}; choose an address of this machine"

@@ -49,13 +49,24 @@ def supernode(
     host: Annotated[str, typer.Option(help="The Runtime API's address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The Runtime API's port.")] = 9094,
     enrolment: EnrolmentOption = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the site's metrics are shown without TLS, too; a monitor sees them at --port.",
+        ),
+    ] = None,
 ) -> None:
     """Run a site's SuperNode."""
+    from certs.invitation import is_address
     from supernode.node import serve
+
+    if metrics is not None and not is_address(metrics):
+        raise typer.BadParameter(f"{metrics!r} is not HOST:PORT", param_hint="--metrics")
 
     loaded = Identity.load(identity, Role.SITE)
     config = {"site": loaded.peer.name, "dataset": dataset, "device": device}
-    serve(loaded, superlink, host, port, config, enrolment)
+    serve(loaded, superlink, host, port, config, enrolment, metrics)
 
 
 def join(

@@ -25,6 +25,8 @@ Service = dict[str, Any]
 _IMAGE_USER = 10001
 # The SuperNode's Runtime API; the port is in no other container's network.
 _PORT = 9094
+# The site's metrics without TLS: published to this machine alone, at a port that is free.
+_METRICS_PORT = 9095
 _HOME = "/home/vlafleet"
 
 # A probe is a quarter of a CPU second of Python, hence every 30 s; every second only until the first success.
@@ -48,6 +50,8 @@ _HEADER: Final = """\
 #   docker compose -f {path} up --detach --wait
 #   docker compose -f {path} logs --follow
 #   docker compose -f {path} down
+# The site's metrics, for a Prometheus of the lab's own, are at the address that this prints, path /metrics:
+#   docker compose -f {path} port supernode {metrics}
 # A run of another model than the tiny one needs it fetched once, by the one service with a route to the hub:
 #   docker compose -f {path} run --rm fetch lerobot/smolvla_base
 """
@@ -109,7 +113,9 @@ def write(site: Site) -> Path:
         if directory:
             make_private(directory)
     _give(site)
-    header = _HEADER.format(name=site.name, federation=site.federation, path=path)
+    header = _HEADER.format(
+        name=site.name, federation=site.federation, path=path, metrics=_METRICS_PORT
+    )
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
     write_atomic(path, (header + text).encode())
     return path
@@ -136,7 +142,11 @@ def _hardened(image: str, uid: int, gid: int, *, tmp: str, home: str) -> Service
         "init": True,
         "user": f"{uid}:{gid}",
         # The image knows no other user than its own; torch asks for a name.
-        "environment": {"HOME": _HOME, "USER": "vlafleet"},
+        "environment": {
+            "HOME": _HOME,
+            "USER": "vlafleet",
+            "VLAFLEET_LOG_FORMAT": "${VLAFLEET_LOG_FORMAT:-text}",
+        },
         "read_only": True,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
@@ -159,7 +169,9 @@ def _supernode(site: Site, uid: int, gid: int) -> Service:
             *("--superlink", site.superlink, "--enrolment", site.enrolment),
             *("--host", "0.0.0.0", "--port", str(_PORT)),  # noqa: S104
             *("--dataset", dataset(site), "--device", device(site)),
+            *("--metrics", f"0.0.0.0:{_METRICS_PORT}"),
         ],
+        "ports": [f"127.0.0.1::{_METRICS_PORT}"],
         # Its certificate answers at the site's name.
         "networks": {"uplink": {}, "inner": {"aliases": [site.name]}},
         # Writable: it renews its certificate.

@@ -72,8 +72,8 @@ class Transfer:
 CAREFUL = Transfer(256 << 10, 1)
 
 
-def settle(identity: Identity, superlink: str) -> Transfer:
-    """Measure the link to ``superlink`` (``host:port``), say so in one line, and return what suits it.
+def settle(identity: Identity, superlink: str) -> tuple[Link | None, Transfer]:
+    """Measure the link to ``superlink`` (``host:port``), say so in one line; return it, and what suits it.
 
     A SuperLink that cannot be reached is no failure here: Flower's SuperNode tries until it can.
     """
@@ -84,13 +84,13 @@ def settle(identity: Identity, superlink: str) -> Transfer:
             "link to %s: not measured (%s): %s until the SuperNode is restarted",
             *(superlink, _reason(error), CAREFUL),
         )
-        return CAREFUL
+        return None, CAREFUL
     chosen = transfer(link)
     _log.info(
         "link to %s: %s up, %s down, %.0f ms round trip: %s",
         *(superlink, _decimal(link.up), _decimal(link.down), link.round_trip * 1e3, chosen),
     )
-    return chosen
+    return link, chosen
 
 
 def transfer(link: Link) -> Transfer:

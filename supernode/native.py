@@ -31,8 +31,10 @@ _log = logging.getLogger("vlafleet.site")
 
 # Who runs the site: locked for as long as it does, and its process id.
 _HOLDER: Final = "site.pid"
-# The port of the SuperNode's Runtime API, for the next start.
+# The ports of the SuperNode's Runtime API and of its metrics, for the next start; a Prometheus of the lab's own reads the
+# latter from its file.
 _PORT: Final = "port"
+_METRICS_PORT: Final = "metrics-port"
 # Before both are started again: doubled each time up to the longest, and back after this long without an end. Flower
 # refuses a SuperNode for 60 s after a crash.
 _PAUSE_S, _LONGEST_PAUSE_S, _SETTLED_S = 1.0, 30.0, 600.0
@@ -168,7 +170,8 @@ class _Supervisor:
         # Read anew: it may have joined again meanwhile.
         site = Site.load(self._directory)
         make_private(site.logs)
-        port = _free_port(site.directory)
+        port = _free_port(site.directory / _PORT)
+        metrics = _free_port(site.directory / _METRICS_PORT)
         own = {"VLAFLEET_HOME": str(site.directory), "FLWR_HOME": str(site.directory / "flwr")}
         # The last SuperNode's contact is not this one's.
         contact_file(self._peer).unlink(missing_ok=True)
@@ -177,6 +180,7 @@ class _Supervisor:
             *("supernode", "--identity", str(site.identity), "--port", str(port)),
             *("--superlink", site.superlink, "--enrolment", site.enrolment),
             *("--dataset", site.dataset, "--device", site.device),
+            *("--metrics", f"127.0.0.1:{metrics}"),
             **own,
         )
         # A SuperNode that the SuperLink refuses needs no SuperExec, whose trainer takes 20 s to import its packages.
@@ -226,9 +230,8 @@ def _command(site: Site) -> list[str]:
     return [sys.executable, "-m", "vlafleet", *command]
 
 
-def _free_port(directory: Path) -> int:
-    """Return a port of loopback that is free, the last one where it is, and note it."""
-    path = directory / _PORT
+def _free_port(path: Path) -> int:
+    """Return a port of loopback that is free, the one noted in a file where it is, and note it there."""
     try:
         last = int(path.read_text())
     except (OSError, ValueError):

@@ -61,7 +61,10 @@ def test_compose_takes_the_file_as_it_was_meant(site: Site) -> None:
         assert service["pids_limit"] > 0
         assert service["restart"] == "always"
         assert int(service["user"].split(":")[0]) > 0
-        assert "ports" not in service
+    assert "ports" not in app
+    assert [(port["host_ip"], port["target"]) for port in supernode["ports"]] == [
+        ("127.0.0.1", 9095)
+    ]
     mounted = {volume["target"]: volume["source"] for volume in app["volumes"]}
     # As compose writes a dollar that it leaves alone.
     assert mounted["/data"] == site.dataset.replace("$", "$$")

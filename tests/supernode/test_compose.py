@@ -59,7 +59,8 @@ def test_every_service_is_hardened_and_limited(site: Site) -> None:
         uid, gid = map(int, service["user"].split(":"))
         assert uid > 0, name
         assert any(f"uid={uid},gid={gid}" in place for place in service["tmpfs"]), name
-        assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "ports"} & set(service)
+        assert not {"privileged", "cap_add", "network_mode", "pid", "ipc"} & set(service)
+        assert name == "supernode" or "ports" not in service
         if name != "fetch":
             assert service["restart"] == "always", name
             assert service["healthcheck"]["start_interval"] == "1s", name
@@ -99,6 +100,13 @@ def test_the_supernode_is_told_where_to_go_and_what_the_app_sees(site: Site) -> 
     assert options["--device"] == "cpu"
 
 
+def test_the_metrics_are_published_to_this_machine_alone(site: Site) -> None:
+    supernode = services(site)["supernode"]
+    assert supernode["command"][-2:] == ["--metrics", "0.0.0.0:9095"]
+    assert supernode["ports"] == ["127.0.0.1::9095"]
+    assert "port supernode 9095\n" in compose.write(site).read_text()
+
+
 def test_the_file_is_the_same_every_time_and_says_how_to_use_it(site: Site) -> None:
     first = compose.write(site).read_text()
     assert compose.write(site).read_text() == first
@@ -114,7 +122,7 @@ def test_one_gpu_is_reserved_and_is_the_containers_first(site: Site) -> None:
     assert device["driver"] == "nvidia"
     assert device["device_ids"] == ["1"]
     assert "gpu" in device["capabilities"]
-    assert found["supernode"]["command"][-2:] == ["--device", "cuda"]
+    assert found["supernode"]["command"][-4:-2] == ["--device", "cuda"]
     assert "deploy" not in found["supernode"]
     assert found["app"]["mem_limit"] == "${VLAFLEET_APP_MEMORY:-24g}"
 
@@ -135,7 +143,7 @@ def test_a_dataset_of_the_hub_is_fetched_by_a_service_that_sees_nothing_else(sit
     source, mode = binds(app)["/data"].rsplit(":", 1)
     assert mode == "ro"
     assert Path(source).is_dir()
-    assert found["supernode"]["command"][-3] == "/data#episodes=0:5"
+    assert found["supernode"]["command"][-5] == "/data#episodes=0:5"
 
 
 def test_a_dollar_in_a_path_is_no_variable(site: Site) -> None:

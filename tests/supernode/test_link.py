@@ -215,7 +215,10 @@ def test_a_fast_link_keeps_flowers_settings(
     superlink: Running, site: Identity, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "vlafleet.supernode"):
-        assert settle(site, superlink.address) == Transfer(MAX_CHUNK_BYTES, 2)
+        link, chosen = settle(site, superlink.address)
+    assert chosen == Transfer(MAX_CHUNK_BYTES, 2)
+    assert link
+    assert min(link.up, link.down) > 1e6
     assert f"link to {superlink.address}: " in caplog.text
     assert caplog.text.rstrip().endswith("round trip: chunks of 5 MiB, 2 at a time")
 
@@ -237,7 +240,7 @@ def test_a_slow_link_is_measured_through_verified_tls(superlink: Running, site: 
 
 def unmeasured(identity: Identity, address: str, caplog: pytest.LogCaptureFixture) -> str:
     with caplog.at_level(logging.WARNING, "vlafleet.supernode"):
-        assert settle(identity, address) == CAREFUL
+        assert settle(identity, address) == (None, CAREFUL)
     (record,) = caplog.records
     return record.getMessage()
 

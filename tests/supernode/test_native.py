@@ -3,6 +3,7 @@
 import configparser
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from certs.errors import CertificateError, ConfigError, RunFailedError, StorageError
@@ -125,7 +127,7 @@ def test_killed_processes_come_back_and_stopped_ones_are_gone(
     native.start(site)
     assert native.running(site.directory)
     supervisor = int((site.directory / "site.pid").read_text())
-    port = (site.directory / "port").read_text()
+    ports = [(site.directory / name).read_text() for name in ("port", "metrics-port")]
     supernode, superexec = child(supervisor, "supernode"), child(supervisor, "superexec")
     trainer = until(
         lambda: [pid for pid, said in descendants(superexec).items() if "app.trainer" in said],
@@ -135,6 +137,15 @@ def test_killed_processes_come_back_and_stopped_ones_are_gone(
     environment = Path(f"/proc/{superexec}/environ").read_bytes().split(b"\0")
     assert f"VLAFLEET_HOME={site.directory}".encode() in environment
     assert b"HF_HUB_OFFLINE=1" in environment
+
+    # A Prometheus of the lab's own sees the SuperNode, and what its SuperExec reports.
+    address = f"http://127.0.0.1:{ports[1].strip()}/metrics"
+    reported = until(
+        lambda: re.findall(r"^(vlafleet_trainer_up|vlafleet_trainer_restarts_total) (.*)$",
+                           httpx.get(address).text, re.M),
+        "no report",
+    )  # fmt: skip
+    assert ("vlafleet_trainer_restarts_total", "0.0") in reported
 
     # A second start changes nothing; a second supervisor is refused with a sentence.
     native.start(site)
@@ -147,8 +158,8 @@ def test_killed_processes_come_back_and_stopped_ones_are_gone(
     os.kill(superexec, signal.SIGKILL)
     again = child(supervisor, "supernode", supernode), child(supervisor, "superexec", superexec)
     assert not any(map(runs, [supernode, superexec, *trainer]))
-    # Its SuperLink was told, so it takes the site back at once, at the same port.
-    assert (site.directory / "port").read_text() == port
+    # Its SuperLink was told, so it takes the site back at once, at the same ports.
+    assert ports == [(site.directory / name).read_text() for name in ("port", "metrics-port")]
     log = (site.logs / "site.log").read_text()
     assert "superexec ended with exit code -9" in log
 
@@ -236,14 +247,15 @@ def test_pauses_grow_and_end_with_ten_minutes_of_health(
 
 
 def test_the_last_port_is_taken_again_while_it_is_free(tmp_path: Path) -> None:
-    first = native._free_port(tmp_path)
-    assert native._free_port(tmp_path) == first
+    path = tmp_path / "port"
+    first = native._free_port(path)
+    assert native._free_port(path) == first
     with socket.create_server(("127.0.0.1", first)):
-        other = native._free_port(tmp_path)
+        other = native._free_port(path)
     assert other != first
-    assert native._free_port(tmp_path) == other
-    (tmp_path / "port").write_text("99999 or so")
-    assert native._free_port(tmp_path) > 0
+    assert native._free_port(path) == other
+    path.write_text("99999 or so")
+    assert native._free_port(path) > 0
 
 
 def test_a_lock_is_not_a_supervisor_once_its_holder_ended(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
 from certs.contexts import client_context
 from certs.enrolment import MAX_BODY_BYTES, RENEW_PATH, signing_request
@@ -18,6 +19,7 @@ from certs.identity import Identity
 from certs.lifetime import CLOCK_SKEW, renew_at
 from certs.renewal import follow, renew
 from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
+from supernode.metrics import SiteMetrics
 from supernode.node import rules
 from tests.renewing import Answer, Fleet, Signer, answer
 from tests.serving import Serving, anybody, backdate, echo, serving, wait_until
@@ -111,7 +113,9 @@ def test_certificates_of_this_test_are_renewed_in_time(fleet: Fleet) -> None:
 def supernode(fleet: Fleet, service: Serving) -> Iterator[Serving]:
     """Site-a's SuperNode: its guard, its rules and its own certificate; Flower's part answers as ``echo``."""
     own = fleet.identity(Role.SITE, "site-a")
-    with serving(own, rules=rules(own, echo, address(service))) as running:
+    with serving(
+        own, rules=rules(own, echo, address(service), SiteMetrics(own, CollectorRegistry()))
+    ) as running:
         yield running
 
 
@@ -275,7 +279,9 @@ def test_a_service_that_does_not_answer_is_named(
     fleet: Fleet, superexec: Identity, free_port: Callable[[], int]
 ) -> None:
     own, port = fleet.identity(Role.SITE, "site-a"), free_port()
-    with serving(own, rules=rules(own, echo, f"localhost:{port}")) as running:
+    with serving(
+        own, rules=rules(own, echo, f"localhost:{port}", SiteMetrics(own, CollectorRegistry()))
+    ) as running:
         response = post(running, superexec, json={"csr": csr(superexec)})
     assert (response.status_code, response.json()["code"]) == (503, "unavailable")
     assert f"localhost:{port} does not renew certificates" in response.json()["detail"]
@@ -284,7 +290,9 @@ def test_a_service_that_does_not_answer_is_named(
 def test_a_supernode_that_knows_no_service_says_so(fleet: Fleet, superexec: Identity) -> None:
     own = fleet.identity(Role.SITE, "site-a")
     with (
-        serving(own, rules=rules(own, echo, None)) as running,
+        serving(
+            own, rules=rules(own, echo, None, SiteMetrics(own, CollectorRegistry()))
+        ) as running,
         pytest.raises(
             ConnectionRefusedByFleetError,
             match=r"\(404\): this SuperNode does not know the enrolment service; start it with --en",

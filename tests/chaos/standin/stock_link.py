@@ -3,6 +3,6 @@
 from types import SimpleNamespace
 
 
-def settle(*_: object) -> SimpleNamespace:
+def settle(*_: object) -> tuple[None, SimpleNamespace]:
     """Return Flower's defaults."""
-    return SimpleNamespace(chunk_bytes=5 << 20, concurrency=2)
+    return None, SimpleNamespace(chunk_bytes=5 << 20, concurrency=2)
