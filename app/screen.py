@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,13 +15,15 @@ from rich.text import Text
 from app.series import COMPLETED, EARLY_STOPPING, Record
 from app.tables import DASH, megabytes, percent, shown
 
-# From so many columns on a site's machine is shown, too.
-_WIDE = 120
 # Where the height is given: the share of it that what is wrong may take, and the rounds that stay beside many sites.
 _WRONG_SHARE = 1 / 3
 _FEW_ROUNDS = 3
-# What is left of a site's name where there is no room.
+# What is left at least of a site's name where there is no room.
 _NAME = 8
+# Between columns.
+_GAP = 2
+# What these columns take at most, so that no column comes and goes with what stands in them.
+_STEADY = {"status": 13, "doing": 13, "last round": 12}
 _BARS = "▁▂▃▄▅▆▇█"
 _GOOD, _ODD, _BAD, _FAINT = "green", "yellow", "bold red", "dim"
 _STATUS = {"online": _GOOD, "registered": _ODD, "unknown": _FAINT}
@@ -59,8 +62,8 @@ class Screen:
             # Beside the parts: two tables' headings, and the blank lines between them.
             left = options.height - lines(Group(head, *wrong)) - 2 - bool(wrong)
             kept = min(len(rounds), _FEW_ROUNDS)
-            sites = self._first(left - kept - bool(rounds))
-            left -= len(sites) + (len(sites) < len(self.document["sites"])) + 1
+            sites = self._first(left - kept - 2 * bool(rounds))
+            left -= len(sites) + (len(sites) < len(self.document["sites"])) + 2
             few = rounds[-left:] if left > 0 else []
         yield head
         if wrong:
@@ -68,12 +71,12 @@ class Screen:
             yield from wrong
         if sites:
             yield Text()
-            yield self._sites(sites, wide=options.max_width >= _WIDE)
+            yield self._sites(sites, options.max_width)
         if more := len(self.document["sites"]) - len(sites):
             yield Text(f"and {more} more sites", style=_FAINT)
         if few:
             yield Text()
-            yield self._rounds(few)
+            yield self._rounds(few, options.max_width)
 
     def _head(self, *, bars: bool) -> Iterator[Text]:
         document, run = self.document, self.document["run"]
@@ -92,7 +95,7 @@ class Screen:
         yield Text(f"run {_plain(run['name'])}  {_plain(run['model'])}  {self._stage(run)}")
         text, style = _verdict(run, document["rounds"])
         trend = _trend([one["loss"] for one in document["rounds"]]) if bars else ""
-        yield Text.assemble((text, style), f"  {trend}" if trend else "")
+        yield Text.assemble(f"{trend}  " if trend else "", (text, style))
 
     def _stage(self, run: Record) -> str:
         if run["ended"]:
@@ -132,10 +135,8 @@ class Screen:
             )
 
     def _troubles(self, site: Record) -> Iterator[str]:
-        heard = site["last_heartbeat"]
-        if site["status"] == "offline":
-            since = f" since {_moment(heard, self.now)} ({self._age(heard)})" if heard else ""
-            yield f"offline{since}"
+        if out := site["offline_since"]:
+            yield f"offline since {_moment(out, self.now)} ({self._age(out)})"
         elif site["status"] == "unregistered":
             yield "no member any more"
         if site["state"] not in _WELL:
@@ -153,7 +154,7 @@ class Screen:
         # A line says how many are left out.
         return troubled[: max(rows - 1, 1)]
 
-    def _sites(self, sites: Sequence[Record], *, wide: bool) -> Table:
+    def _sites(self, sites: Sequence[Record], width: int) -> Table:
         columns = {
             "site": [Text(site["name"]) for site in sites],
             "status": [self._status(site) for site in sites],
@@ -161,27 +162,27 @@ class Screen:
             "last round": [_state(site) for site in sites],
             "loss": [Text(shown(site["loss"])) for site in sites],
             "change": [_change(site["loss"], site["base_loss"]) for site in sites],
-            "drops": [_drops(site["drops"], wide=wide) for site in sites],
+            "drops": [Text(str(sum(site["drops"].values()) or DASH)) for site in sites],
         }
-        if wide:
-            columns |= {
-                heading: [Text(cell) for cell in cells]
-                for heading, cells in _machines(sites).items()
-                if set(cells) != {DASH}
-            }
-        return _table(columns, left=4)
+        needed = len(columns)
+        columns |= {
+            heading: [Text(cell) for cell in cells]
+            for heading, cells in _details(sites).items()
+            if set(cells) != {DASH}
+        }
+        return _table(columns, width, words=4, needed=needed)
 
     def _status(self, site: Record) -> Text:
-        status = {"registered": "never online"}.get(site["status"], site["status"])
-        if site["status"] == "offline" and site["last_heartbeat"]:
-            status += f" {self._age(site['last_heartbeat'])}"
+        status = "never online" if site["status"] == "registered" else str(site["status"])
+        if site["offline_since"]:
+            status += f" {self._age(site['offline_since'])}"
         return Text(status, style=_STATUS.get(site["status"], _BAD))
 
     def _doing(self, site: Record) -> Text:
         doing = site["doing"]
         return Text(f"{doing['kind']} {self._age(doing['since'])}" if doing else DASH)
 
-    def _rounds(self, rounds: Sequence[Record]) -> Table:
+    def _rounds(self, rounds: Sequence[Record], width: int) -> Table:
         run = self.document["run"]
         columns = {
             "round": [Text(str(one["round"])) for one in rounds],
@@ -196,7 +197,7 @@ class Screen:
             "MB to sites": [Text(megabytes(one["bytes_down"])) for one in rounds],
             "MB from sites": [Text(megabytes(one["bytes_up"])) for one in rounds],
         }
-        return _table(columns, left=2)
+        return _table(columns, width, words=2, needed=len(columns))
 
     def _age(self, moment: float) -> str:
         return _span(self.now - moment)
@@ -244,15 +245,8 @@ def _change(loss: float | None, base: float | None) -> Text:
     return Text(percent(change), style=_ODD if change is not None and change > 0 else "")
 
 
-def _drops(drops: Record, *, wide: bool) -> Text:
-    if not drops:
-        return Text(DASH)
-    if not wide:
-        return Text(str(sum(drops.values())))
-    return Text(", ".join(f"{count} {reason}" for reason, count in sorted(drops.items())))
-
-
-def _machines(sites: Sequence[Record]) -> dict[str, list[str]]:
+def _details(sites: Sequence[Record]) -> dict[str, list[str]]:
+    """What is shown where there is room, the first first."""
     return {
         "train loss": [shown(site["train_loss"]) for site in sites],
         "frames/s": [shown(site["samples_per_second"], ".1f") for site in sites],
@@ -265,22 +259,38 @@ def _machines(sites: Sequence[Record]) -> dict[str, list[str]]:
         ],
         "GB free": [_gigabytes(site["disk_free_bytes"]) for site in sites],
         "restarts": [shown(site["trainer_restarts"], ".0f") for site in sites],
+        "drops by reason": [
+            ", ".join(f"{count} {reason}" for reason, count in sorted(site["drops"].items()))
+            or DASH
+            for site in sites
+        ],
     }
 
 
-def _table(columns: dict[str, list[Text]], *, left: int) -> Table:
-    """Columns by heading; the first ``left`` hold words. Only the first gives way where there is no room."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+def _table(columns: Mapping[str, list[Text]], width: int, *, words: int, needed: int) -> Table:
+    """Columns by heading, as many as fit beside each other.
+
+    The first ``words`` hold words, all others numbers. The first is cut for the first ``needed``, not for more.
+    """
+    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
+    rows: list[list[Text]] = []
+    cut = 0
     for index, (heading, cells) in enumerate(columns.items()):
+        taken = max(cell_len(heading), *(cell.cell_len for cell in cells), _STEADY.get(heading, 0))
+        if not rows:
+            cut = max(taken - _NAME, 0)
+        width -= taken + _GAP
+        if rows and width + (cut if index < needed else 0) < 0:
+            break
         table.add_column(
             Text(heading),
-            min_width=None if index else min(max(map(len, cells)), _NAME),
-            justify="left" if index < left else "right",
-            no_wrap=bool(index),
-            overflow="ellipsis",
+            justify="left" if index < words else "right",
+            min_width=taken if rows else None,
+            no_wrap=bool(rows),
         )
-    for row in zip(*columns.values(), strict=True):
-        row[0].no_wrap = True
+        rows.append(cells)
+    for row in zip(*rows, strict=True):
+        row[0].no_wrap, row[0].overflow = True, "ellipsis"
         table.add_row(*row)
     return table
 
