@@ -5,9 +5,9 @@ The sentence that goes with it is for people.
 
 from __future__ import annotations
 
-from typing import Final, get_args
+from typing import Final
 
-from app.manifest import PayloadError, Reason
+from app.manifest import PayloadError
 from certs.errors import (
     CertificateError,
     ConfigError,
@@ -31,12 +31,15 @@ _CLASSES: Final[dict[type[FleetError], str]] = {
     RunFailedError: "run",
     CertificateError: "certificate",
 }
-# A word's place is its code: sites and SuperLink may be of different releases, so new words go to the end.
-_WORDS: Final = (*_CLASSES.values(), *get_args(Reason.__value__))
+# A word's place is its code, and a site may be of another release than the SuperLink: new words go to the end.
+WORDS: Final = (
+    UNEXPECTED, *_CLASSES.values(),
+    # app.manifest.Reason
+    "missing", "schema", "codec", "kind", "size", "checksum", "names", "dtype", "shape", "base", "target", "frozen",
+    FINITE, "norm", "frames", "metrics",
+)  # fmt: skip
 # Beyond Flower's own codes (flwr.common.constant.ErrorCode).
 _FIRST: Final = 100
-# Flower's for whatever a ClientApp raises.
-_RAISED: Final = 2
 
 
 def of(error: BaseException) -> str:
@@ -49,11 +52,10 @@ def of(error: BaseException) -> str:
 
 def code(error: BaseException) -> int:
     """The code of a Flower error that tells the other side the word."""
-    word = of(error)
-    return _FIRST + _WORDS.index(word) if word in _WORDS else _RAISED
+    return _FIRST + WORDS.index(of(error))
 
 
 def told(number: int) -> str:
     """The word that a Flower error's code stands for; Flower's own codes are unexpected."""
     place = number - _FIRST
-    return _WORDS[place] if 0 <= place < len(_WORDS) else UNEXPECTED
+    return WORDS[place] if 0 <= place < len(WORDS) else UNEXPECTED

@@ -10,16 +10,18 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 
-from app import payload, trainer_client
-from app.job import REQUEST, Answer, Job, Kind, Record
+from app import cause, payload, trainer_client
+from app.job import METRICS, REQUEST, Answer, Job, Kind, Record
 from app.payload import PayloadError
-from app.supervisor import SOCKET
+from app.supervisor import SOCKET, restarts
+from certs import logs
 from certs.errors import FleetError
 from certs.flower import set_chunk_size
 from certs.link import CHUNK_BYTES
@@ -42,13 +44,13 @@ def _answer(kind: Kind) -> Callable[[Message, Context], Message]:
             model = (
                 None if kind == "describe" else payload.from_records(message.content, kind="model")
             )
-            answer = _submit(Job(kind, dict(context.node_config), _request(message), model))
+            request = _request(message)
+            logs.bind(run=request.get("lineage"), round=request.get("round"))
+            answer = _submit(Job(kind, dict(context.node_config), request, model))
             return Message(answer.to_records(), reply_to=message)
         except FleetError as error:
             _log.error("%s: %s", kind, error)
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message
-            )
+            return Message(Error(cause.code(error), str(error)), reply_to=message)
 
     return answered
 
@@ -67,7 +69,13 @@ def _request(message: Message) -> Record:
 
 def _submit(job: Job) -> Answer:
     if SOCKET in os.environ:
-        return trainer_client.submit(job)
+        answer = trainer_client.submit(job)
+        if job.kind == "train" and METRICS in answer.metrics:
+            # Of what starts it again the trainer knows nothing.
+            times = restarts(Path(os.environ[SOCKET]))
+            told = {**answer.metrics[METRICS], "trainer_restarts": times}
+            return replace(answer, metrics={**answer.metrics, METRICS: told})
+        return answer
     return _worker().handle(job, _unwatched)
 
 

@@ -26,7 +26,7 @@ SCHEMA = 2
 
 
 class PayloadError(ModelError):
-    """A payload is not what its manifest, or the federation's model, says it is."""
+    """A payload is not what its manifest, or the federation's model, says it is, or cannot be made."""
 
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)

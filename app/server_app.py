@@ -37,6 +37,7 @@ from app.rounds import Phase, Round, Site, State, bounded, one_line, select, wai
 from app.run_progress import RunProgress
 from app.schedule import Past
 from app.series import EARLY_STOPPING
+from certs import logs
 from certs.errors import ConfigError, FleetError, RunFailedError
 from certs.flower import set_chunk_size
 
@@ -77,6 +78,7 @@ class Run:
         self._grid = grid
         # A resumed run keeps its directory, its name and its settings.
         name = unfinished(runs_root()) if config.resume else run_id
+        logs.bind(run=name)
         self._journal = Journal(runs_root(), name)
         directory = self._journal.directory
         self._about: dict[str, Any] = {
@@ -211,6 +213,7 @@ class Run:
         return ended
 
     def _begin(self, number: int) -> Round:
+        logs.bind(round=number)
         return Round(number, told=self._progress.enter)
 
     def _round(self, number: int) -> None:

@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from app.loader import Batch, Loader, ahead, order
+from app.manifest import PayloadError
 from app.optimizer import OptimizerState, adamw, forget_incomplete, moments, pull
 from app.policy import trainable_tensors
 from certs.errors import ConfigError, RunFailedError, first_line
@@ -34,7 +35,7 @@ class TrainResult:
     """What a site reports, and the optimiser's state for the next round.
 
     Frames drawn; mean and last loss without the proximal term; that term's mean over the steps, None without one; mean
-    gradient norm before clipping; wall-clock seconds.
+    gradient norm before clipping; wall-clock seconds, and those of them spent waiting for data.
     """
 
     frames: int
@@ -43,6 +44,7 @@ class TrainResult:
     proximal_loss: float | None
     grad_norm: float
     seconds: float
+    waited: float
     optimizer_state: OptimizerState
 
 
@@ -73,9 +75,9 @@ def train(
     ``compiled`` compiles the cached path as one graph. ``proximal_mu`` weighs FedProx's pull towards the weights at the
     start (Li et al. 2020, arXiv:1812.06127).
 
-    Raises DatasetError for unreadable data, ConfigError when the loss diverges or the step does not compile,
-    RunFailedError when ``deadline`` (``time.monotonic``) passes before the last step or the device's memory is too
-    small. The weights are then lost.
+    Raises DatasetError for unreadable data, PayloadError ("finite") when the loss diverges, ConfigError when the step
+    does not compile, RunFailedError when ``deadline`` (``time.monotonic``) passes before the last step or the device's
+    memory is too small. The weights are then lost.
     """
     started = time.perf_counter()
     run = _Run(
@@ -228,6 +230,7 @@ class _Run:
             proximal_loss=math.fsum(terms) / self._steps if self._mu else None,
             grad_norm=math.fsum(norms) / self._steps,
             seconds=seconds,
+            waited=self._watch.waited,
             optimizer_state=moments(self._optimizer, self._trainable),
         )
 
@@ -250,6 +253,8 @@ class _Watch:
         self._progress = progress
         self._taken = self._seen = 0
         self._frames, self._waited, self._told = 0, 0.0, time.perf_counter()
+        # Seconds, over all steps.
+        self.waited = 0.0
 
     def took(self, values: "torch.Tensor", frames: int, waited: float) -> None:
         """One more step: its loss, gradient norm and proximal term [3], frames, and seconds waited for them."""
@@ -257,6 +262,7 @@ class _Watch:
         self._taken += 1
         self._frames += frames
         self._waited += waited
+        self.waited += waited
         if self._taken == len(self._values) or time.perf_counter() - self._told >= _PROGRESS_S:
             self._look()
 
@@ -364,7 +370,8 @@ def _require_finite(
     value: float, what: str, step: int, learning_rate: Callable[[int], float]
 ) -> None:
     if not math.isfinite(value):
-        raise ConfigError(
-            f"training diverged: the {what} is {value} at step {step} with learning-rate {learning_rate(step):g}, "
-            "lower learning-rate."
+        raise PayloadError(
+            "finite",
+            f"Training diverged: the {what} is {value} at step {step} with learning-rate {learning_rate(step):g}, "
+            "lower learning-rate.",
         )

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from app import payload, schedule, simulation
 from app.config import RunConfig
+from app.dataset import SiteDataset
 from app.description import RECORD, Description
 from app.job import METRICS, WANT_FULL, Answer, Job, Progress
+from app.machine import Machine
 from app.payload import Payload, PayloadError, Tensors
 from app.resident import Base, Model, Part, Resident, Site
 from app.site_state import Kept, SiteState
 from app.statistics import from_bytes
+from certs import logs
 from certs.errors import ConfigError, DatasetError, ModelError, RunFailedError
 from certs.link import CHUNK_BYTES
 
@@ -48,7 +51,7 @@ class Worker:
         """The answer to a job; ``FleetError`` when it cannot be done, and whatever ``progress`` raises."""
         try:
             if job.kind == "describe":
-                return self._describe(job)
+                return self._describe(job, progress)
             work = self._begin(job, progress)
             answer = self._train(work) if job.kind == "train" else self._evaluate(work)
             if simulation.is_simulated(job.node):
@@ -63,7 +66,7 @@ class Worker:
         """Finish what is being written, and give all memory back."""
         self._resident.close()
 
-    def _describe(self, job: Job) -> Answer:
+    def _describe(self, job: Job, progress: Progress) -> Answer:
         """Check the dataset and say what this site brings to the run, without torch."""
         from app.preflight import check
         from app.statistics import moments_of
@@ -71,7 +74,10 @@ class Worker:
         request = _Request.of(job)
         config, lineage = request.config, request.lineage
         name, uri = _place(job, config)
+        # Until the next job: what is said after this one, of its end or its failure, is of this one.
+        logs.bind(site=name, run=lineage, round=None)
         dataset = self._resident.site(name, uri, config, lineage).dataset
+        _show(dataset, progress)
         if findings := check(dataset):
             more = f" ({len(findings) - 1} more: 'vlafleet data check')" if findings[1:] else ""
             raise DatasetError(findings[0] + more)
@@ -95,7 +101,9 @@ class Worker:
             raise PayloadError("missing", "The message carries no payload.")
         # Cheap checks first: a wrong path should not cost the import of lerobot.
         name, uri = _place(job, config)
+        logs.bind(site=name, run=lineage, round=number)
         site = self._resident.site(name, uri, config, lineage)
+        _show(site.dataset, progress)
         state = self._resident.state(name, lineage)
         from_bytes(request.statistics.encode())
         base = self._resident.base(config, lineage)
@@ -129,6 +137,12 @@ class Worker:
         kept = work.state.before(work.round) or Kept(None, None)
         ready = work.ready()
         model.change()
+        machine = Machine(loader.device)
+
+        def stepping(step: int, loss: float, rate: float, waited: float) -> None:
+            machine.look()
+            work.stepping(step, loss, rate, waited)
+
         result = train(
             model.policy,
             loader,
@@ -137,7 +151,7 @@ class Worker:
             learning_rate=lambda step: scale * schedule.learning_rate(config, step),
             seed=config.seed,
             global_step=(work.round - 1) * config.local_steps,
-            progress=work.stepping,
+            progress=stepping,
             micro_batch=config.micro_batch,
             compiled=config.compile,
             proximal_mu=mu,
@@ -154,6 +168,9 @@ class Worker:
             "frames": int(result.frames),
             "work_seconds": float(result.seconds),
             "ready_seconds": ready,
+            "samples_per_second": result.frames / result.seconds,
+            "data_wait": result.waited / result.seconds,
+            **machine.figures(),
         }
         if result.proximal_loss is not None:
             metrics["proximal_loss"] = float(result.proximal_loss)
@@ -345,6 +362,16 @@ def _tensors(model: Payload, state: SiteState, base: Base) -> Tensors:
     if (found := payload.canonical_hash(tensors)) != model.target:
         raise _NotHeldError(f"model {found[:12]} came out, not {str(model.target)[:12]}")
     return tensors
+
+
+def _show(dataset: SiteDataset, progress: Progress) -> None:
+    """Tell who follows the job what there is to train on."""
+    progress(
+        train_episodes=len(dataset.train_episodes),
+        train_frames=dataset.frames(dataset.train_episodes),
+        held_out_episodes=len(dataset.held_out_episodes),
+        held_out_frames=dataset.frames(dataset.held_out_episodes),
+    )
 
 
 def _place(job: Job, config: RunConfig) -> tuple[str, str]:

@@ -1,16 +1,20 @@
 """Fixtures on real parts: the tiny SmolVLA, a LeRobot v3.0 dataset from lerobot's own recorder, a hub on loopback."""
 
 import atexit
+import io
+import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.dataset import SiteDataset, open_dataset
+from certs import logs
 from tests.hub import Hub, serving
 from tests.recorder import record
 
@@ -69,3 +73,18 @@ def processors(tiny_base: Path, policy: Any, dataset: SiteDataset) -> Any:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with serving(tmp_path_factory.mktemp("hub")) as server:
         yield server
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The lines that Flower's logger has written as JSON so far."""
+    monkeypatch.setattr(logs, "_bound", {})
+    logger, written = logging.getLogger("flwr"), io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(logs._Json())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lambda: [json.loads(line) for line in written.getvalue().splitlines()]
+    logger.removeHandler(handler)
+    logger.setLevel(level)

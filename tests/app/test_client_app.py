@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from app import (
+    cause,
     client_app,
     payload,
     rounds,
@@ -32,9 +34,11 @@ from app.dataset import open_dataset
 from app.description import Description
 from app.exchange import Exchange
 from app.frames import Frames
+from app.job import Answer
 from app.journal import read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
 from app.site_state import SiteState
+from app.supervisor import restarts, supervised
 from certs.errors import DatasetError
 
 
@@ -138,7 +142,7 @@ def test_training_answers_with_the_change_and_its_metrics(
     run = config(tiny_base)
     content = request(tiny_base, described(tiny_dataset, run), run)
     with caplog.at_level(logging.INFO, "flwr"):
-        reply = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
+        reply = ask(MessageType.TRAIN, context(tiny_dataset, run, device="cpu"), content)
     assert not reply.has_error()
     update = payload.from_records(reply.content, kind="update")
     before = trainable(tiny_base)
@@ -155,6 +159,12 @@ def test_training_answers_with_the_change_and_its_metrics(
     for name in ("loss", "last_loss", "grad_norm", "work_seconds", "ready_seconds"):
         assert isinstance(metrics[name], float)
         assert metrics[name] > 0
+    rate = metrics["frames"] / metrics["work_seconds"]
+    assert metrics["samples_per_second"] == pytest.approx(rate, rel=1e-3)
+    assert 0 < metrics["data_wait"] < 1
+    assert 0 < metrics["disk_free_bytes"] <= metrics["disk_size_bytes"]
+    # This machine's GPU, if it has one, did not train; and no trainer did.
+    assert not {"gpu_utilization", "gpu_memory_bytes", "trainer_restarts"} & metrics.keys()
     assert "round 1/2 train: step 3/3, loss " in caplog.text
 
 
@@ -222,6 +232,52 @@ def test_expected_failures_arrive_as_one_sentence_without_a_traceback(
     assert "bytes" in refusal(ask(MessageType.TRAIN, context(tiny_dataset, run), damaged))
     assert len(caplog.records) >= 7
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_why_a_job_failed_is_told_in_a_word_too(
+    tiny_base: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = config(tiny_base)
+    site = described(tiny_dataset, run)
+    damaged = request(tiny_base, site, run)
+    damaged.array_records["payload"]["flat"].data = b"123"
+    far = config(tiny_base, warmup_steps=0, local_steps=20)
+    diverging = request(tiny_base, site, far)
+    diverging.config_records["request"]["scale"] = 1e24
+    failures: dict[str, tuple[Path | str, RunConfig, RecordDict]] = {
+        "dataset": (tmp_path / "nowhere", run, request(tiny_base, site, run)),
+        "config": ("", run, request(tiny_base, site, run)),
+        "size": (tiny_dataset, run, damaged),
+        "model": (tiny_dataset, run, request(tiny_base, site, run, frozen="0" * 64)),
+        # Training that diverges at the site, as an update that is not finite.
+        "finite": (tiny_dataset, far, diverging),
+    }
+    for word, (dataset, asked, content) in failures.items():
+        reply = ask(MessageType.TRAIN, context(dataset, asked), content)
+        assert reply.has_error(), word
+        assert cause.told(reply.error.code) == word, reply.error.reason
+
+
+def test_an_update_says_how_often_the_sites_trainer_was_started_again(
+    tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor is real, and what it starts ends at once; the answer is a stand-in's."""
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), run)
+    answer = Answer(metrics={"metrics": {"loss": 0.5, "frames": 12}})
+    monkeypatch.setattr("app.trainer_client.submit", lambda _: answer)
+    with supervised((sys.executable, "-c", "")) as path:
+        monkeypatch.setenv("VLAFLEET_TRAINER", str(path))
+        end = time.monotonic() + 60
+        while not restarts(path) and time.monotonic() < end:
+            time.sleep(0.05)
+        trained = ask(MessageType.TRAIN, context(tiny_dataset, run), content)
+        times = restarts(path)
+        measured = ask(MessageType.EVALUATE, context(tiny_dataset, run), content)
+    metrics = dict(trained.content.metric_records["metrics"])
+    assert metrics == {"loss": 0.5, "frames": 12, "trainer_restarts": metrics["trainer_restarts"]}
+    assert 1 <= metrics["trainer_restarts"] <= times  # type: ignore[operator]
+    assert dict(measured.content.metric_records["metrics"]) == {"loss": 0.5, "frames": 12}
 
 
 def test_starting_and_describing_needs_neither_torch_nor_lerobot(

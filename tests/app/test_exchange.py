@@ -15,9 +15,11 @@ from flwr.common.constant import ErrorCode
 # Flower's Message takes its sender from here; its own process sets it when a task starts.
 from flwr.supercore.task_identity import TaskIdentity
 
+from app import cause
 from app.exchange import Exchange, Outcome
 from app.payload import PayloadError
 from app.rounds import Deadlines, Site, State
+from certs.errors import DatasetError
 
 # A deadline that is not to be met, a call that does not return: longer than any test here runs.
 FOREVER_S = 60.0
@@ -202,6 +204,9 @@ class Asked:
         for outcome in self.outcomes:
             assert (outcome.reason is None) == (outcome.state is State.COMPLETED)
             assert outcome.sent or not outcome.resent
+            assert (outcome.cause == "revoked") == (outcome.reason == "revoked")
+            if outcome.state in (State.COMPLETED, State.LATE, State.TIMEOUT):
+                assert outcome.cause is None
         assert sorted(self.folded) == self.names(State.COMPLETED)
         assert self.seconds < self.deadlines.hard + SOON_S
 
@@ -261,6 +266,7 @@ def test_each_end_has_its_state_and_reason() -> None:
     assert asked.states() == [State.COMPLETED, State.ERROR, State.TIMEOUT]
     assert asked.reason(B) == "no dataset at /data"
     assert asked.reason(C) == "no reply within 2 s"
+    assert [outcome.cause for outcome in asked.outcomes] == [None, "unexpected", None]
     assert asked.exchange.left() == 0
 
 
@@ -274,6 +280,18 @@ def test_a_reply_that_cannot_be_used_is_invalid() -> None:
     assert asked.states() == [State.INVALID, State.INVALID]
     assert asked.reason(A) == "The bytes do not match."
     assert "absent" in asked.reason(B)
+    assert [outcome.cause for outcome in asked.outcomes] == ["checksum", "unexpected"]
+
+
+def test_a_site_says_in_a_word_why_it_failed() -> None:
+    """As its ClientApp puts it into the code of Flower's error; another release may know other words."""
+    errors = (DatasetError("No file."), PayloadError("finite", "Diverged."))
+    codes = dict(zip((1, 2, 3, 4), (*map(cause.code, errors), 2, 9999), strict=True))
+    grid = FakeGrid({node: fails(code, "It failed.") for node, code in codes.items()})
+    asked = ask(grid, *ALL)
+    assert asked.states() == [State.ERROR] * 4
+    causes = [outcome.cause for outcome in asked.outcomes]
+    assert causes == ["dataset", "finite", "unexpected", "unexpected"]
 
 
 def test_pulls_that_raise_are_tried_again() -> None:

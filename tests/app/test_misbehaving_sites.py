@@ -187,7 +187,34 @@ CATALOGUE: dict[str, tuple[Fault, str, str]] = {
     "too many frames": (reports(frames=10**12), "invalid", "claims 1000000000000 frames"),
     "a metric that is none": (reports(loss=[0.5]), "invalid", "reports loss as [0.5]"),
     "wants the model twice": (wants, "invalid", "asked for the model twice"),
+    "a loss that is none": (reports(loss=float("nan")), "invalid", "reports loss as nan"),
+    "a share above 1": (reports(data_wait=1.5), "invalid", "reports data_wait as 1.5"),
+    "a negative count": (reports(trainer_restarts=-1), "invalid", "reports trainer_restarts as -1"),
 }  # fmt: skip
+# The same in a word, fit for counting.
+CAUSES = {
+    "raises": "unexpected",
+    "lost its node": None,
+    "NaN": "finite",
+    "infinity": "finite",
+    "a huge step": "finite",
+    "beyond the norm": "norm",
+    "a wrong shape": "shape",
+    "a tensor less": "names",
+    "a stale base": "base",
+    "another frozen part": "frozen",
+    "a flipped bit": "checksum",
+    "bytes cut off": "size",
+    "no payload": "missing",
+    "no manifest": "schema",
+    "no frames": "frames",
+    "too many frames": "frames",
+    "a metric that is none": "metrics",
+    "wants the model twice": "unexpected",
+    "a loss that is none": "finite",
+    "a share above 1": "metrics",
+    "a negative count": "metrics",
+}
 
 
 @dataclass
@@ -276,7 +303,8 @@ def test_a_fault_is_on_record_and_costs_the_round_nothing_but_the_site(
     fault, state, reason = CATALOGUE[name]
     grid = FakeGrid(three(tiny_base, fault))
     records = run(grid, tiny_base, round_timeout=FOREVER_S, norm_bound=1e6)
-    check(records, tiny_base, state, reason, WHOLE, WITHOUT, WHOLE)
+    entry = check(records, tiny_base, state, reason, WHOLE, WITHOUT, WHOLE)
+    assert entry["cause"] == CAUSES[name]
     # It ended when the last site did, without a wait for the deadline.
     assert records[BAD]["seconds"]["collect"] < SOON_S
     # A site that failed in training is asked for the same round's evaluation, as the others are.

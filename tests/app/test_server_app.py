@@ -21,7 +21,7 @@ import pytest
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from app import payload, rounds, server_app, statistics, tensorfile, trainables
+from app import payload, requests, rounds, server_app, statistics, tensorfile, trainables
 from app.config import RunConfig
 from app.description import Description
 from app.exchange import Exchange
@@ -348,6 +348,41 @@ def test_the_log_keeps_its_form(tiny_base: Path, caplog: pytest.LogCaptureFixtur
         assert re.search(form, lines, re.MULTILINE), form
 
 
+def test_a_line_names_its_run_and_its_round(
+    tiny_base: Path, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    start(two(tiny_base), tiny_base)
+    found = lines()
+    assert {line["run"] for line in found} == {"17"}
+    trained = {line["message"]: line["round"] for line in found if " train: " in line["message"]}
+    assert [message.startswith(f"round {number}/2") for message, number in trained.items()] == (
+        [True] * 4
+    )
+
+
+def test_what_a_reply_says_of_the_sites_machine_is_on_record(tiny_base: Path) -> None:
+    figures = {
+        "samples_per_second": 71.5, "data_wait": 0.125, "gpu_memory_bytes": 20 << 30,
+        "gpu_memory_total_bytes": 80 << 30, "gpu_utilization": 0.97, "disk_free_bytes": 3 << 40,
+        "disk_size_bytes": 4 << 40, "trainer_restarts": 2,
+    }  # fmt: skip
+    sites = two(tiny_base, rounds=1)
+    site_b = sites["site-b"]
+
+    def told(message: Message) -> Message:
+        reply = site_b.train(message)
+        known = dict(reply.content.metric_records["metrics"])
+        reply.content["metrics"] = MetricRecord({**known, **figures})
+        return reply
+
+    site_b.override = {2: told}
+    record = read_rounds(start(sites, tiny_base, rounds=1))[1]
+    entries = {name: site["train"] for name, site in record["sites"].items()}
+    assert entries["site-b"] | figures == entries["site-b"]
+    # What a site of an older release leaves out was not measured.
+    assert {entries["site-a"][name] for name in figures} == {None}
+
+
 def error(message: Message) -> Message:
     return Message(Error(2, "The disk is full:\nclean it."), reply_to=message)
 
@@ -380,23 +415,25 @@ def test_a_site_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize(
-    "metrics",
+    ("metrics", "cause"),
     [
-        {"loss": 1, "frames": 25},
-        {"loss": 1.0, "frames": 2.5},
-        {"loss": 1.0, "frames": 25, "rmse_deg": [1.0, 2.0]},
-        {"loss": [1.0], "frames": 25},
-        {"loss": float("nan"), "frames": 25},
-        {"loss": 1.0, "frames": 25, "rmse_deg": [1.0, float("inf"), 1.0, 1.0, 1.0, 1.0]},
+        ({"loss": 1, "frames": 25}, "metrics"),
+        ({"loss": 1.0, "frames": 2.5}, "metrics"),
+        ({"loss": 1.0, "frames": -25}, "metrics"),
+        ({"loss": 1.0, "frames": 25, "rmse_deg": [1.0, 2.0]}, "metrics"),
+        ({"loss": [1.0], "frames": 25}, "metrics"),
+        ({"loss": float("nan"), "frames": 25}, "finite"),
+        ({"loss": 1.0, "frames": 25, "rmse_deg": [1.0, float("inf"), *[1.0] * 4]}, "finite"),
     ],
 )
-def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any) -> None:
+def test_metrics_of_the_wrong_type_are_refused(tiny_base: Path, metrics: Any, cause: str) -> None:
     sites = two(tiny_base)
     sites["site-b"].override = {
         1: lambda message: Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
     }
     zero = read_rounds(start(sites, tiny_base, rounds=1))[0]
-    assert zero["sites"]["site-b"]["evaluate"]["state"] == "invalid"
+    refused = zero["sites"]["site-b"]["evaluate"]
+    assert (refused["state"], refused["cause"]) == ("invalid", cause)
     assert zero["aggregate"]["loss"] == pytest.approx(1.9)
 
 
@@ -764,3 +801,42 @@ def test_a_full_disk_at_the_server_is_no_fault_of_a_site(
         monkeypatch.setattr(TaskIdentity, name, 1)
     start(two(tiny_base), tiny_base, resume=True)
     assert [record["committed"] for record in read_rounds(directory)] == [True, True, True]
+
+
+def test_a_run_of_an_older_release_is_resumed_and_reported(tiny_base: Path, tmp_path: Path) -> None:
+    """Its records lack what later ones say beside; its last round was committed and not recorded."""
+    directory = start(two(tiny_base), tiny_base)
+    (directory / "progress.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"ended": None}))
+    federation = directory / "checkpoints" / "round-0002" / "federation.json"
+    committed = json.loads(federation.read_text())
+    old = [without_additions(record) for record in read_rounds(directory)]
+    committed["record"] = without_additions(committed["record"])
+    federation.write_text(json.dumps(committed))
+    lines = "".join(json.dumps(record) + "\n" for record in old[:2])
+    (directory / "rounds.jsonl").write_text(lines)
+
+    start(two(tiny_base), tiny_base, resume=True)
+    records = read_rounds(directory)
+    assert records[:2] == old[:2]
+    assert [record["committed"] for record in records] == [True] * 3
+    # The round was combined by a process that is no more.
+    assert records[2]["aggregate"]["seconds"] is None
+    assert (directory / "report.html").exists()
+    assert (directory / "model_card.md").exists()
+    assert json.loads((directory / "progress.json").read_text())["phase"] == "done"
+
+
+def without_additions(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as releases wrote it that knew nothing of causes, machines and when a round ended."""
+    added = {"ended_at", "cause", *requests._MACHINE}
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key not in added}
+        return value
+
+    old: dict[str, Any] = strip(record)
+    old.get("aggregate", {}).pop("seconds", None)
+    return old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -444,6 +445,37 @@ def test_why_a_cache_cannot_be_built_is_said_each_time() -> None:
             build.wait(lambda *_: None)
     assert build.failed
     build.close()
+
+
+def test_a_job_says_what_there_is_to_train_on(
+    worker: Worker, tiny_base: Path, tiny_dataset: Path
+) -> None:
+    run = Run(tiny_base, tiny_dataset, settings={"held_out": 0.25})
+    described = run.describe(worker)
+    told: dict[str, Any] = {}
+    run.train(worker, 1, lambda **values: told.update(values))
+    counts = ("train_episodes", "train_frames", "held_out_episodes", "held_out_frames")
+    assert {name: told[name] for name in counts} == {name: described[name] for name in counts}
+    assert (told["train_episodes"], told["held_out_episodes"]) == (3, 1)
+
+
+def test_a_jobs_lines_name_its_site_run_and_round(
+    worker: Worker, tiny_base: Path, tiny_dataset: Path, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    run = Run(tiny_base, tiny_dataset)
+    run.describe(worker)
+    run.train(worker, 2)
+    trained = len(lines())
+    # What the trainer says of how the job ended is said after it.
+    for _ in range(2):
+        logging.getLogger("flwr").warning("after a job")
+        Run(tiny_base, tiny_dataset, lineage="18").describe(worker)
+    *work, ended, other = lines()
+    assert "step 2/2" in work[-1]["message"]
+    assert len(work) == trained > 0
+    named = [(line["site"], line["run"], line["round"]) for line in (*work, ended)]
+    assert named == [("site-a", "17", 2)] * (trained + 1)
+    assert (other["site"], other["run"], other.get("round")) == ("site-a", "18", None)
 
 
 def test_augmented_training_repeats_and_is_another(
