@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from prometheus_client import REGISTRY, make_asgi_app
+from prometheus_client import REGISTRY
 
 from certs import logs
 from certs.audit import Audit
@@ -31,7 +31,7 @@ from superlink.enrolment_api import Api
 from superlink.invitations import Invitations
 from superlink.limits import CONNECTIONS, Limits
 from superlink.members import Members
-from superlink.metrics import EnrolmentCollector
+from superlink.metrics import EnrolmentCollector, exposition
 from superlink.renewals import hosts
 from superlink.upkeep import Upkeep, renew_own
 
@@ -98,7 +98,7 @@ def serve(
         guard = Guard(
             {
                 **api.rules(),
-                "/metrics": (monitor, make_asgi_app()),
+                "/metrics": (monitor, exposition),
                 "/health": (own, endpoint({"GET": _healthy})),
             },
             _lifespan,

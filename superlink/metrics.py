@@ -1,13 +1,17 @@
 """What the SuperLink and the enrolment service tell Prometheus, read at scrape time."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from certs.guard import Receive, Scope, Send
 from certs.index import Issued
 from certs.lifetime import LIFETIMES
 from certs.metric import Metric
@@ -111,6 +115,17 @@ class EnrolmentCollector(Collector):
             life = line.not_after - line.issued_at if line.issued_at else LIFETIMES[line.role]
             lifetime.add_metric(holder, life.total_seconds())
         yield from (invitations, expiry, lifetime)
+
+
+async def exposition(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answer a scrape (ASGI) from a thread: Flower takes 0.1 s to list a thousand runs."""
+    body = await asyncio.to_thread(generate_latest, REGISTRY)
+    headers = [
+        (b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode()),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _newest(issued: Sequence[Issued], now: datetime) -> list[Issued]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import REGISTRY, make_asgi_app
+from prometheus_client import REGISTRY
 
 from certs import logs
 from certs.audit import Audit
@@ -24,7 +24,7 @@ from certs.revocations import Revocations
 from certs.roles import SUPERLINK_NAME, Peer, Role
 from certs.server import bind, mutual_tls_server
 from superlink.link import link
-from superlink.metrics import FleetCollector
+from superlink.metrics import FleetCollector, exposition
 from superlink.run_audit import START_PATH, STOP_PATH, started, stopped
 from superlink.sites import crl, sites
 
@@ -93,7 +93,7 @@ def rules(
         "/v1/control/": (operator, app),
         # A site's SuperExec has no business here: its ServerApp tokens would open every run.
         "/v1/runtime/": (allow(_is_the_superlinks_superexec), app),
-        "/metrics": (allow(lambda peer: peer.role is Role.MONITOR), make_asgi_app()),
+        "/metrics": (allow(lambda peer: peer.role is Role.MONITOR), exposition),
         "/health": (allow(lambda peer: peer.role in {Role.SUPERLINK, Role.MONITOR}), app),
     }
 

@@ -40,8 +40,9 @@ _OK, _NO_CONTENT, _BAD_REQUEST, _METHOD_NOT_ALLOWED, _TOO_LARGE, _UNAVAILABLE = 
 def sites(factory: "LinkStateFactory") -> Application:
     """Return the endpoint that lists the SuperNodes its asker may know of.
 
-    ``{"time", "sites": [{"name", "node_id", "status", "last_heartbeat"}]}``, times in seconds since 1970, the id a
-    decimal string (it has 64 bits), the status Flower's. A site that left and came back is there once a key.
+    ``{"time", "sites": [{"name", "node_id", "status", "last_heartbeat", "offline_since"}]}``, times in seconds since
+    1970, the id a decimal string (it has 64 bits), the status Flower's. A site that left and came back is there once a
+    key. ``offline_since`` is when it signed off or was given up; None while it is online, and where it never was.
     """
 
     def known(peer: Peer) -> bytes:
@@ -51,6 +52,7 @@ def sites(factory: "LinkStateFactory") -> Application:
                 "node_id": str(node.node_id),
                 "status": node.status,
                 "last_heartbeat": last_heartbeat(node),
+                "offline_since": float(node.online_until) if node.status == "offline" else None,
             }
             for node in factory.state().get_node_info()
             if peer.role in _EVERY_SITE or node.name == peer.name

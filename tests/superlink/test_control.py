@@ -73,6 +73,7 @@ def test_a_key_is_registered_once_and_never_again(running: Running, control: Con
         "node_id": str(node.node_id),
         "status": "unregistered",
         "last_heartbeat": None,
+        "offline_since": None,
     } in json.loads(told.body)["sites"]
     with pytest.raises(CertificateError, match="never takes such a key again"):
         control.register_key("site-c", key)

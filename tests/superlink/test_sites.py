@@ -1,9 +1,11 @@
 """Who is told of which sites, and how the SuperLink learns who is revoked."""
 
+import asyncio
 import json
 import socket
 import ssl
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from certs.contexts import client_context
 from certs.identity import Identity, authority_directory
 from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
 from superlink.sites import MAX_CRL_BYTES
+from superlink.sites import sites as endpoint
 from tests.federation import Running, running_superlink
 from tests.wire import decoded
 
@@ -64,9 +67,31 @@ def test_who_is_told_of_which_sites(
     assert abs(told["time"] - time.time()) < 60
     for site in told["sites"]:
         assert site["status"] == "registered"
-        assert site["last_heartbeat"] is None
+        assert site["last_heartbeat"] is site["offline_since"] is None
         assert 0 < int(site["node_id"]) < 2**64
         assert isinstance(site["node_id"], str)
+
+
+def test_since_when_a_site_is_out() -> None:
+    """One that signed off, or was given up, and not until when one that is online will count as that."""
+    until = {"online": 2000.0, "offline": 1000.0, "registered": None, "unregistered": 900.0}
+    nodes = [
+        types.SimpleNamespace(
+            name=status, status=status, node_id=1, online_until=end, heartbeat_interval=30.0
+        )
+        for status, end in until.items()
+    ]
+    state = types.SimpleNamespace(get_node_info=lambda: nodes)
+    factory: Any = types.SimpleNamespace(state=lambda: state)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"method": "GET", "state": {"peer": types.SimpleNamespace(role=Role.OPERATOR)}}
+    asyncio.run(endpoint(factory)(scope, None, send))  # type: ignore[arg-type]
+    told = {site["name"]: site["offline_since"] for site in json.loads(sent[-1]["body"])["sites"]}
+    assert told == {"online": None, "offline": 1000.0, "registered": None, "unregistered": None}
 
 
 @pytest.mark.parametrize(
