@@ -40,6 +40,17 @@ def panels_of(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
     return [panel for outer in dashboard["panels"] for panel in (outer, *outer.get("panels", []))]
 
 
+def filled(expr: str) -> str:
+    """Return a query with its variables filled in; ``ValueError`` names one that has no value here."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in _VARIABLES:
+            raise ValueError(f"{expr} has ${found[1]}, which has no value here")
+        return _VARIABLES[found[1]]
+
+    return re.sub(r"\$\{?(\w+)\}?", value, expr)
+
+
 def queries() -> list[Query]:
     """Return every query of every dashboard; ``ValueError`` names a variable that has no value here."""
     return [query for path in sorted(DASHBOARDS.glob("*.json")) for query in _queries_of(path)]
@@ -55,13 +66,4 @@ def _queries_of(path: Path) -> Iterator[Query]:
         yield Query(title, f"${variable['name']}", found[1])
     for panel in panels_of(dashboard):
         for target in panel.get("targets", []):
-            yield Query(title, panel["title"], _filled(target["expr"], path.name))
-
-
-def _filled(expr: str, where: str) -> str:
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in _VARIABLES:
-            raise ValueError(f"{where}: {expr} has ${found[1]}, which has no value here")
-        return _VARIABLES[found[1]]
-
-    return re.sub(r"\$\{?(\w+)\}?", value, expr)
+            yield Query(title, panel["title"], filled(target["expr"]))
