@@ -55,8 +55,8 @@ def document(federation: str, view: View, nodes: Sequence[Record] | None, now: f
         run, sites, rounds = _run(view), _sites(view), _last_rounds(view)
     except _DAMAGED:
         run, sites, rounds, unreadable = None, {}, [], unreadable + 1
-    known = {name: _presence(node) for name, node in _known(nodes or ()).items()}
-    names = {*sites, *(name for name, told in known.items() if told["status"] != "unregistered")}
+    known = _known(nodes or ())
+    names = {*sites, *(name for name, node in known.items() if node["status"] != "unregistered")}
     nobody = {"status": "unknown", "last_heartbeat": None, "offline_since": None}
     return {
         "time": now,
@@ -64,7 +64,11 @@ def document(federation: str, view: View, nodes: Sequence[Record] | None, now: f
         "superlink": "unreachable" if nodes is None else "online",
         "run": run,
         "sites": [
-            {"name": name, **known.get(name, nobody), **sites.get(name, _NOTHING)}
+            {
+                "name": name,
+                **{key: known.get(name, nobody).get(key) for key in nobody},
+                **sites.get(name, _NOTHING),
+            }
             for name in sorted(names)
         ],
         "rounds": rounds,
@@ -79,14 +83,6 @@ def _known(nodes: Iterable[Record]) -> dict[str, Record]:
         if node["status"] != "unregistered" or node["name"] not in known:
             known[node["name"]] = node
     return known
-
-
-def _presence(node: Record) -> Document:
-    """Whether a SuperNode is there, and if not since when."""
-    status, heartbeat = node["status"], node["last_heartbeat"]
-    # A SuperLink that does not say when it missed a SuperNode says when it last heard of it.
-    since = node.get("offline_since", heartbeat) if status == "offline" else None
-    return {"status": status, "last_heartbeat": heartbeat, "offline_since": since}
 
 
 def _run(view: View) -> Document | None:

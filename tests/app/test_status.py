@@ -38,7 +38,14 @@ def site(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def node(name: str, status: str, heartbeat: float | None = NOW) -> dict[str, Any]:
-    return {"name": name, "node_id": "1", "status": status, "last_heartbeat": heartbeat}
+    since = heartbeat if status == "offline" else None
+    return {
+        "name": name,
+        "node_id": "1",
+        "status": status,
+        "last_heartbeat": heartbeat,
+        "offline_since": since,
+    }
 
 
 def progress(directory: Path, number: int, phase: str, **sites: Any) -> None:
@@ -173,6 +180,19 @@ def test_a_site_that_cannot_describe_itself_is_there(tmp_path: Path) -> None:
     assert (found["run"]["round"], found["run"]["loss"]) == (0, None)
 
 
+def test_a_run_that_waits_for_its_sites(tmp_path: Path) -> None:
+    """Neither its model nor its sites are known yet."""
+    directory = run(tmp_path, [], rounds=5, model="tiny")
+    config = json.loads((directory / "config.json").read_text())
+    nothing = {"model": None, "sites": None, "statistics": None}
+    (directory / "config.json").write_text(json.dumps(config | nothing))
+    progress(directory, 0, "wait")
+    found = seen(tmp_path, [node("site-a", "registered", None)])
+    told = found["run"]
+    assert (told["model"], told["phase"], told["best_round"]) == ("tiny", "wait", None)
+    assert (found["unreadable"], site(found, "site-a")["state"]) == (0, None)
+
+
 def test_progress_of_another_run_is_nobodys(tmp_path: Path) -> None:
     directory = run(tmp_path, [record(0, BOTH)])
     progress(directory, 3, "collect")
@@ -190,14 +210,6 @@ def test_a_site_is_its_supernode_of_today(tmp_path: Path) -> None:
     back = node("site-a", "online")
     for nodes in ([*gone, back], [back, *gone]):
         assert site(seen(tmp_path, nodes), "site-a")["status"] == "online"
-
-
-def test_since_when_a_site_is_out(tmp_path: Path) -> None:
-    """The SuperLink misses a SuperNode that was killed a while after it last heard of it."""
-    missed = node("site-a", "offline", NOW - 90) | {"offline_since": NOW - 30}
-    back = node("site-b", "online") | {"offline_since": None}
-    found = seen(tmp_path, [missed, back])
-    assert [one["offline_since"] for one in found["sites"]] == [NOW - 30, None]
 
 
 def test_a_superlink_that_does_not_answer(tmp_path: Path) -> None:
