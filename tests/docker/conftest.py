@@ -44,14 +44,19 @@ def images(engine: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def prometheus_image(images: None) -> str:
-    """The pinned Prometheus, or its stand-in from Debian's package where no registry answers."""
-    pinned: str = Project("vlafleet", {}).config()["services"]["prometheus"]["image"]
-    pull = ["docker", "pull", "--quiet", pinned]
-    if subprocess.run(pull, capture_output=True, check=False, timeout=300).returncode == 0:
-        return pinned
-    _bash("prometheus-image.sh", "vlafleet-prometheus:test", timeout=300)
-    return "vlafleet-prometheus:test"
+def monitoring_images(images: None) -> dict[str, str]:
+    """The pinned Prometheus and Alertmanager, or their stand-in from Debian's packages where no registry answers."""
+    stand_in = "vlafleet-prometheus:test"
+    services = Project("vlafleet", {}).config()["services"]
+    found = {}
+    for name in ("prometheus", "alertmanager"):
+        pinned: str = services[name]["image"]
+        pull = ["docker", "pull", "--quiet", pinned]
+        done = subprocess.run(pull, capture_output=True, check=False, timeout=300)
+        found[f"{name.upper()}_IMAGE"] = stand_in if done.returncode else pinned
+    if stand_in in found.values():
+        _bash("prometheus-image.sh", stand_in, timeout=300)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -65,16 +70,19 @@ def demo_datasets() -> Path:
 
 
 @pytest.fixture(scope="session")
-def project(prometheus_image: str, demo_datasets: Path, free_port: Callable[[], int]) -> Project:
+def project(
+    monitoring_images: dict[str, str], demo_datasets: Path, free_port: Callable[[], int]
+) -> Project:
     """A compose project of its own, on free ports."""
     return Project(
         f"vlafleet-test-{os.getpid()}",
         {
-            "PROMETHEUS_IMAGE": prometheus_image,
+            **monitoring_images,
             "VLAFLEET_DATA": str(demo_datasets),
             "VLAFLEET_SUPERLINK_PORT": str(free_port()),
             "VLAFLEET_ENROLMENT_PORT": str(free_port()),
             "VLAFLEET_PROMETHEUS_PORT": str(free_port()),
+            "VLAFLEET_ALERTMANAGER_PORT": str(free_port()),
             "VLAFLEET_GRAFANA_PORT": str(free_port()),
         },
     )
