@@ -26,7 +26,7 @@ from app.runs_view import Runs
 from app.status import PATH, document
 from certs.contexts import client_context
 from certs.enrolment import SITES_PATH
-from certs.errors import ConfigError, FleetError, first_line
+from certs.errors import FleetError, first_line
 from certs.guard import Application, Guard, Receive, Rule, Scope, Send, allow
 from certs.identity import Identity
 from certs.logs import bind as bind_log
@@ -44,6 +44,8 @@ _STALE_SECONDS = 60.0
 # The SuperLink is asked at most so often, however many watch; it writes heartbeats every 20 s.
 _NODES_SECONDS = 2.0
 _NODES_TIMEOUT_SECONDS = 3.0
+# What reading an answer raises that is none of the SuperLink's.
+_NO_LIST = (ValueError, KeyError, TypeError)
 
 
 def serve(
@@ -53,10 +55,9 @@ def serve(
 
     ``superlink`` and ``enrolment`` are ``host:port``: who says which sites are online, and where the certificate is
     renewed (None: by hand). The directory need not be there yet; all that is there is read before anybody is answered.
+    Raises ``StorageError`` when it cannot be listed, ``AddressError`` when the port cannot be listened on.
     """
     bind_log(role=str(identity.peer.role))
-    if runs.exists() and not runs.is_dir():
-        raise ConfigError(f"--runs {runs} is no directory: name the one that the ServerApp writes")
     with bind(host, port) as listener:
         followed = Followed(Runs(runs))
         REGISTRY.register(ProcessCollector(identity, {"runs": runs}))
@@ -150,7 +151,7 @@ class Nodes:
             nodes: list[dict[str, Any]] = (
                 self._client.get(self._url).raise_for_status().json()["sites"]
             )
-        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, *_NO_LIST) as error:
             if first_line(error) != self._said:
                 _log.warning("%s does not say who is online: %s", self._url, first_line(error))
             self._said = first_line(error)
