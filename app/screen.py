@@ -213,16 +213,16 @@ def _verdict(run: Record, rounds: Sequence[Record]) -> tuple[str, str]:
     if over == 0:
         return f"{against}, the base model's: no round is over yet", ""
     if base:
-        against += f", {percent(loss / base - 1)} against the base model's {base:.3f}"
+        against += f" (base model {base:.3f}, {percent(loss / base - 1)})"
     if best is None:
         return against, ""
     if best == over:
-        return f"getting better: {against}; round {best} is the best", _GOOD
+        return f"getting better: {against}, best in round {best}", _GOOD
     if best == 0:
         return f"no better than the base model: {against}", _BAD
     rounds_since = f"{over - best} round{'s' if over - best > 1 else ''}"
     return (
-        f"no better for {rounds_since}: {against}; best {shown(run['best_loss'])} in round {best}",
+        f"no better for {rounds_since}: {against}, best {shown(run['best_loss'])} in round {best}",
         _ODD,
     )
 
