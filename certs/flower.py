@@ -4,6 +4,7 @@ Flower 1.41 has no client certificates, starts its task processes by name, and c
 contract test (``tests/certs/test_flower.py``) names the seam that changed when Flower changes underneath.
 """
 
+import contextlib
 import importlib
 import inspect
 import io
@@ -136,7 +137,9 @@ def install_bundle_check(task: str) -> None:
 
     def install_from_fab(fab_file: bytes, *args: Any, **options: Any) -> Path:
         check_bundle(fab_file)
-        path: Path = original(fab_file, *args, **options)
+        # It prints where it put the bundle, into a log whose lines may be of JSON.
+        with contextlib.redirect_stdout(io.StringIO()):
+            path: Path = original(fab_file, *args, **options)
         return path
 
     module.install_from_fab = install_from_fab

@@ -4,10 +4,12 @@ Children inherit the choice. A library's logger that has a handler of its own, F
 and its stream, and is made to write JSON as well.
 """
 
+import json
 import logging
 import os
 import sys
 import threading
+import traceback as traceback_of
 from types import TracebackType
 from typing import Final
 
@@ -58,14 +60,14 @@ def configure() -> None:
         raise ConfigError(f"{FORMAT} is {wanted!r}: set it to 'text' or 'json'")
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    json = _Json() if wanted == "json" else None
-    handler.setFormatter(json or text)
+    formatter = _Json() if wanted == "json" else None
+    handler.setFormatter(formatter or text)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _OWN_HANDLERS:
-        _adopt(logging.getLogger(name), json)
-    if json is not None:
+        _adopt(logging.getLogger(name), formatter)
+    if formatter is not None:
         logging.captureWarnings(True)
         sys.excepthook = _uncaught
         threading.excepthook = _uncaught_in_thread
@@ -88,6 +90,15 @@ def say(sentence: str) -> None:
         print(f"vlafleet: {sentence}", file=sys.stderr)
 
 
+def entry(line: str) -> tuple[str, str] | None:
+    """Return the level and the message of a line of JSON; None for a line of text."""
+    try:
+        said = json.loads(line)
+        return said["level"], said["message"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def _adopt(logger: logging.Logger, formatter: logging.Formatter | None) -> None:
     """Give the handlers that a logger has, and those that its library's import will add, a format of ours."""
     add = logger.addHandler
@@ -98,6 +109,8 @@ def _adopt(logger: logging.Logger, formatter: logging.Formatter | None) -> None:
         if formatter is not None:
             # Flower's handler has a format of its own, and asks no formatter.
             hdlr.format = formatter.format  # type: ignore[method-assign]
+            # Flower parts its lines with empty ones.
+            hdlr.addFilter(lambda record: bool(record.getMessage()))
         add(hdlr)
 
     for handler in logger.handlers:
@@ -108,7 +121,8 @@ def _adopt(logger: logging.Logger, formatter: logging.Formatter | None) -> None:
 def _uncaught(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    logging.getLogger("vlafleet").critical("uncaught", exc_info=(kind, error, traceback))
+    said = "".join(traceback_of.format_exception_only(error)).strip()
+    logging.getLogger("vlafleet").critical("%s", said, exc_info=(kind, error, traceback))
 
 
 def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:

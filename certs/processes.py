@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from certs.errors import RunFailedError
+from certs.logs import entry
 from certs.parent import end_with_parent
 
 # A SuperNode tells the SuperLink that it goes, the SuperLink lets open requests end.
 _STOP_SECONDS = 15.0
 # Weeks of a SuperNode's log. One of this size is kept beside it as LOG.1, in place of the one before.
 _LOG_BYTES = 10_000_000
-# More than a line of a log has.
-_TAIL_BYTES = 4096
+# More than a line of a log has, a traceback in JSON among them.
+_TAIL_BYTES = 1 << 16
 
 
 @dataclass
@@ -84,8 +85,9 @@ def trim(log: Path) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log, empty when it says nothing."""
+    """Return what the last line of a log says, empty when it says nothing."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+    last = lines[-1].strip() if lines else ""
+    return (entry(last) or ("", last))[1]

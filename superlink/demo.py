@@ -26,6 +26,7 @@ from certs.identity import (
     ensure_federation,
     identity_directory,
 )
+from certs.logs import entry
 from certs.processes import Processes
 from certs.roles import ENROLMENT_NAME, EXPORTER_NAME, SUPERLINK_NAME, Role
 from certs.server import bind
@@ -204,16 +205,21 @@ def _follow(control: Control, processes: Processes, run_id: int) -> None:
 def of_the_run(line: str) -> str | None:
     """Return what the ServerApp says, without Flower's own lines and level columns; warnings and errors whole."""
     line = typer.unstyle(line)  # Flower colours its level column
-    level, _, said = line.partition(" :")
-    if level.strip() == "INFO":
-        said = said.strip()
+    level, said = entry(line) or _columns(line)
+    if level == "INFO":
         return said if said.startswith(("run ", "round ", "describe", "waiting ")) else None
-    return line if level.strip() in {"WARNING", "ERROR"} else None
+    return f"{level}: {said}" if level in {"WARNING", "ERROR"} else None
+
+
+def _columns(line: str) -> tuple[str, str]:
+    level, _, said = line.partition(" :")
+    return level.strip(), said.strip()
 
 
 def _last_progress(log: IO[str]) -> str | None:
     """Return the newest progress of a ClientApp since the last look (``round 1/3 train: step 12/30, loss 2.1``)."""
-    found = [line[line.index("round ") :].strip() for line in log if "round " in line]
+    lines = ((entry(line) or ("", line))[1] for line in log)
+    found = [line[line.index("round ") :].strip() for line in lines if "round " in line]
     return found[-1] if found else None
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from certs import logs
 from certs.errors import ConfigError
+from superlink.demo import of_the_run
 
 HOSTILE = "\x1b[31mred\n{'forged': 1}\r\x07 “quoted” \u202e \x9b\x7f"
 
@@ -98,7 +99,7 @@ def test_errors_are_a_field() -> None:
     assert "soon gone" in warned["message"]
     assert (warned["level"], warned["logger"]) == ("WARNING", "py.warnings")
     assert thread["exception"].endswith("IndexError: list index out of range")
-    assert end["level"] == "CRITICAL"
+    assert (end["level"], end["message"]) == ("CRITICAL", "RuntimeError: the\nend")
     assert end["exception"].startswith("Traceback")
     assert end["exception"].endswith("RuntimeError: the\nend")
 
@@ -109,6 +110,7 @@ FLOWER = (
     "from flwr.common.logger import log\n"
     "log(logging.INFO, 'said by Flower')\n"
     "log(logging.DEBUG, 'not said')\n"
+    "log(logging.INFO, '')\n"
     "early.error('by us, too')\n"
 )
 
@@ -168,6 +170,37 @@ def test_what_ends_a_command() -> None:
         else:
             assert said.startswith("vlafleet: ")
         assert done.returncode == (ConfigError.exit_code if form == "xml" else done.returncode) > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "entry"),
+    [
+        ('{"level": "INFO", "message": "round 1"}\n', ("INFO", "round 1")),
+        ("INFO :      round 1", None),
+        ('{"level": "INFO"}', None),
+        ('["level"]', None),
+        ("17", None),
+        ("", None),
+    ],
+)
+def test_a_line_is_read_back(line: str, entry: tuple[str, str] | None) -> None:
+    assert logs.entry(line) == entry
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("\x1b[92mINFO \x1b[0m:      round 1/3: 2 of 2 sites", "round 1/3: 2 of 2 sites"),
+        ('{"level": "INFO", "message": "round 1/3: 2 of 2 sites"}', "round 1/3: 2 of 2 sites"),
+        ("\x1b[92mINFO \x1b[0m:      Starting", None),
+        ('{"level": "INFO", "message": "Starting"}', None),
+        ("\x1b[93mWARNING \x1b[0m:   site-b timed out", "WARNING: site-b timed out"),
+        ('{"level": "WARNING", "message": "site-b timed out"}', "WARNING: site-b timed out"),
+        ("Traceback", None),
+    ],
+)
+def test_the_demo_reads_both(line: str, said: str | None) -> None:
+    assert of_the_run(line) == said
 
 
 def test_our_own_loggers_have_no_handler() -> None:

@@ -47,3 +47,7 @@ def test_the_last_line_of_a_large_log_is_found_at_its_end(tmp_path: Path) -> Non
     assert last_line(log) == ""
     log.write_bytes(b"\xff long\n" * 1_000_000 + b"  the last one \n\n")
     assert last_line(log) == "the last one"
+    log.write_text(
+        '{"level": "ERROR", "message": "the sentence", "exception": "%s"}\n' % ("x" * 9999)
+    )
+    assert last_line(log) == "the sentence"
