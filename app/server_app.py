@@ -29,11 +29,12 @@ from app.journal import ROUNDS, Journal, read_config, read_rounds, runs_root, un
 from app.model import Model
 from app.model_card import write_model_card
 from app.participants import Participants
+from app.publish import publish
 from app.record import begin, complete, history, now
 from app.report import write_report
 from app.requests import ask
 from app.requests import number as shown
-from app.rounds import Phase, Round, Site, State, bounded, one_line, select, wait_for_sites
+from app.rounds import Phase, Round, Site, State, one_line, select, wait_for_sites
 from app.run_progress import RunProgress
 from app.schedule import Past
 from app.series import EARLY_STOPPING
@@ -63,8 +64,6 @@ class _OneSentence(logging.Filter):
 def main(grid: Grid, context: Context) -> None:
     """Run the federation; ``FleetError`` ends the run as failed, with its sentence as the reason."""
     _log.addFilter(_OneSentence())
-    # Flower has a handler of its own; a library that sets one at the root would double each line.
-    _log.propagate = False
     config = RunConfig.parse(context.run_config)
     if config.push_to and not hub.is_repository(config.push_to):
         raise ConfigError(f"The run config sets push-to={config.push_to!r}: it takes 'owner/name'.")
@@ -400,27 +399,7 @@ class Run:
                 _log.warning("%s: %s", write.__name__, one_line(error))
 
     def _push(self, checkpoint: Path) -> None:
-        """Publish a checkpoint; a push that fails is said, and the run goes on."""
-        config, run = self._config, self._about["run"]
-        number = read_federation(checkpoint)["round"]
-
-        def push() -> str:
-            return hub.push(
-                checkpoint.resolve(),
-                config.push_to,
-                private=config.push_private,
-                card=write_model_card(self._journal.directory),
-                message=f"Round {number} of run {run}",
-            )
-
-        try:
-            url = bounded(push, config.round_timeout)
-        except TimeoutError:
-            _log.warning("round %d: the push took over %g s", number, config.round_timeout)
-        except Exception as error:  # noqa: BLE001 - a failed push never fails the run
-            _log.warning("round %d: not pushed: %s", number, one_line(error))
-        else:
-            _log.info("round %d/%d: pushed to %s", number, config.rounds, url)
+        publish(checkpoint, self._journal.directory, self._about["run"], self._config)
 
     def _tell_loss(self, record: Mapping[str, Any]) -> None:
         number, loss = record["round"], record["aggregate"]["loss"]
