@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 from app.supervisor import SOCKET, supervised
+from certs import logs
 from certs.contact import recorder
 from certs.errors import FleetError
 from certs.flower import (
@@ -50,6 +51,7 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
     the same files, and so the renewed ones.
     """
     os.environ[IDENTITY] = str(identity.directory.absolute())
+    _bind(identity)
     quiet()
     install_client(identity, recorder(identity.peer))
     scripts = Path(sysconfig.get_path("scripts"))
@@ -65,9 +67,13 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
             os.environ.update({**SERVERAPP_ENVIRONMENT, RUNTIME: address})
             follow(identity, enrolment)
         else:
+            from app.site_report import Reporter
+
             # ClientApps inherit where it listens. It has no use for the identity.
-            os.environ[SOCKET] = str(stack.enter_context(supervised(without=IDENTITY)))
+            trainer = stack.enter_context(supervised(without=IDENTITY))
+            os.environ[SOCKET] = str(trainer)
             follow(identity, address)
+            Reporter(identity, address, trainer).start()
         _log.info("SuperExec %s polls %s", identity.peer.name, address)
         run_superexec(
             runtime_api_address=address,
@@ -108,9 +114,18 @@ def simulation() -> None:
 
 def _prepare_task() -> None:
     end_with_parent(signal.SIGKILL)
-    # Flower's logger has a handler of its own; alembic and others set up the root logger, which would say it all twice.
-    logging.getLogger("flwr").propagate = False
     try:
-        install_client(Identity.load(Path(os.environ[IDENTITY]), Role.SUPEREXEC))
+        logs.configure()
+        identity = Identity.load(Path(os.environ[IDENTITY]), Role.SUPEREXEC)
+        _bind(identity)
+        install_client(identity)
     except FleetError as error:
-        sys.exit(f"vlafleet: {error}")
+        logs.say(str(error))
+        sys.exit(1)
+
+
+def _bind(identity: Identity) -> None:
+    """Say in every line whose it is."""
+    logs.bind(role=identity.peer.role)
+    if identity.peer.name != SUPERLINK_NAME:
+        logs.bind(site=identity.peer.name)

@@ -60,6 +60,7 @@ class Metrics:
             "held_out_frames": (frames, "held_out"),
         }
         self._cache = Info(said.CACHE.name, said.CACHE.help, registry=self._registry)
+        self._cache.info({"tier": "none"})
         self._jobs = said.JOBS.counting(self._registry)
         self._seconds = Summary(
             said.JOB_SECONDS.name,

@@ -288,8 +288,8 @@ def test_all_that_is_declared_is_taken_and_no_more_is_there() -> None:
         for combination in values:
             pairs = zip(metric.labels, combination, strict=True)
             labels = ",".join(f'{name}="{value}"' for name, value in pairs)
-            for suffix in SUFFIXES[metric.kind]:
-                lines.append(f"{metric.name}{suffix}" + (f"{{{labels}}}" if labels else "") + " 1")
+            series = f"{{{labels}}}" if labels else ""
+            lines += [f"{metric.name}{suffix}{series} 1" for suffix in SUFFIXES[metric.kind]]
     taken = parse("\n".join(lines).encode())
     assert {family.name for family in taken} == {metric.name for metric in REPORTED}
     assert sum(len(family.samples) for family in taken) == len(lines) == 103
