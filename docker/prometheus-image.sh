@@ -25,6 +25,7 @@ ARG BASE_IMAGE
 FROM ${BASE_IMAGE}
 COPY root/usr/bin/prometheus root/usr/bin/promtool root/usr/bin/amtool /bin/
 COPY root/usr/bin/prometheus-alertmanager /bin/alertmanager
+COPY root/usr/share/prometheus/alertmanager /usr/share/prometheus/alertmanager
 COPY root/bin/busybox /bin/wget
 USER 65534:65534
 WORKDIR /prometheus

@@ -35,7 +35,23 @@ if [ ${#packages[@]} -gt 0 ]; then
     apt-get download -qq "${packages[@]}" 2>/dev/null || { apt-get update -qq && apt-get download -qq "${packages[@]}"; }
   ) || die "Debian's packages ${packages[*]} cannot be downloaded: check the apt sources of this machine."
   for package in "$stage"/*.deb; do dpkg-deb -x "$package" "$stage/root"; done
-  [ ! -e "$stage/root/usr/bin/prometheus-alertmanager" ] || mv "$stage/root/usr/bin/prometheus-alertmanager" "$stage/root/usr/bin/alertmanager"
+  if [ -e "$stage/root/usr/bin/prometheus-alertmanager" ]; then
+    # Debian's reads its templates below a fixed path (upstream's has them inside), where only an installed package is.
+    # In its place, byte for byte as long: a directory that the starter beside it opens.
+    rm -rf "$dir/.alertmanager"
+    mkdir "$dir/.alertmanager"
+    mv "$stage/root/usr/share/prometheus/alertmanager" "$dir/.alertmanager/share"
+    LC_ALL=C sed 's#/usr/share/prometheus/alertmanager#/proc/self/fd/9/./././././././././#g' \
+      "$stage/root/usr/bin/prometheus-alertmanager" >"$dir/.alertmanager/alertmanager"
+    cat >"$stage/root/usr/bin/alertmanager" <<'STARTER'
+#!/bin/sh
+# Made by docker/prometheus-tools.sh.
+own=$(dirname "$(realpath "$0")")/.alertmanager
+exec 9<"$own/share"
+exec "$own/alertmanager" "$@"
+STARTER
+    chmod +x "$dir/.alertmanager/alertmanager" "$stage/root/usr/bin/alertmanager"
+  fi
   for tool in prometheus promtool alertmanager amtool; do
     [ ! -e "$stage/root/usr/bin/$tool" ] || mv -f "$stage/root/usr/bin/$tool" "$dir/$tool"
   done
