@@ -63,7 +63,7 @@ def watch(
         float, typer.Option(min=0.5, help="Seconds between two looks at the exporter.")
     ] = 2.0,
 ) -> None:
-    """Show it live, until Ctrl-C."""
+    """Show live how the federation and its newest run stand, until Ctrl-C."""
     holder = _operator(identity, exporter)
     seen = Watched(lambda: fetch(holder, exporter))
     console = _console()

@@ -81,7 +81,7 @@ def test_status_of_a_run(exporter: Exporter, operator: Path, vlafleet: Vlafleet)
         f"vlafleet: the exporter at {exporter.address} knows of no run yet: start one with 'vlafleet run'"
     )
     run(exporter.runs, [record(0, LOSSES)], rounds=4)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (done := vlafleet("status", env=environment)).returncode and time.monotonic() < deadline:
         time.sleep(0.2)
     assert (done.returncode, done.stderr) == (0, "")
@@ -193,7 +193,7 @@ class Terminal:
         self.process, self.written = process, ""
         self._master = master
 
-    def wait(self, condition: Callable[[str], bool], seconds: float = 30) -> None:
+    def wait(self, condition: Callable[[str], bool], seconds: float = 60) -> None:
         """Read until the picture, what follows the cursor's last way home, meets a condition."""
         deadline = time.monotonic() + seconds
         while not condition(self.written.split("\x1b[H")[-1]):
@@ -239,7 +239,7 @@ def test_watch_in_a_terminal(exporter: Exporter, operator: Path) -> None:
         exporter.start()
         screen.wait(lambda seen: "site-b" in seen and "No answer" not in seen)
         screen.process.send_signal(signal.SIGINT)
-        assert screen.process.wait(20) == 0
+        assert screen.process.wait(60) == 0
         # Back on the terminal's own screen, with its cursor and the last picture.
         screen.wait(lambda _: "site-b" in screen.written.partition("\x1b[?1049l")[2])
         assert screen.written.rindex("\x1b[?25h") > screen.written.rindex("\x1b[?25l")
@@ -252,7 +252,7 @@ def test_a_watch_that_is_terminated_leaves_the_terminal_as_it_was(
     with terminal("watch", "--identity", operator, "--exporter", exporter.address) as screen:
         screen.wait(lambda seen: "no run yet" in seen)
         screen.process.terminate()
-        assert screen.process.wait(20) == 0
+        assert screen.process.wait(60) == 0
         screen.wait(lambda _: "no run yet" in screen.written.partition("\x1b[?1049l")[2])
 
 
@@ -270,7 +270,7 @@ def test_watch_in_a_pipe_appends(exporter: Exporter, operator: Path) -> None:
         while heads < 3:
             heads += process.stdout.readline().startswith("test  SuperLink unreachable")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
