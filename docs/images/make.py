@@ -105,7 +105,8 @@ def report(page: Path) -> None:
     # Root's chromium has no sandbox; the page is ours and holds no script.
     command += ["--no-sandbox"] if os.geteuid() == 0 else []
     command += [f"--window-size={PAGE[0]},{PAGE[1]}", f"--screenshot={HERE / 'report.png'}"]
-    subprocess.run([*command, page.absolute().as_uri()], check=True)
+    # Without a desktop it misses many a service, and says so.
+    subprocess.run([*command, page.absolute().as_uri()], check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
