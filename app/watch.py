@@ -163,7 +163,7 @@ def fetch(identity: Identity, address: str) -> dict[str, Any]:
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionRefusedByFleetError(
             f"no exporter answers at {address} ({error or type(error).__name__}): check the address, "
-            "and that 'vlafleet exporter' runs; its log may name the reason"
+            "and that 'vlafleet exporter' runs; its log says whether it refused your certificate"
         ) from error
     if code == http.client.NOT_FOUND:
         raise ConnectionRefusedByFleetError(
