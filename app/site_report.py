@@ -42,8 +42,31 @@ _log = logging.getLogger("vlafleet.report")
 
 # An answer is true for three reports: a busy machine delays one.
 _FRESH_S = 3 * REPORT_SECONDS
+# A failure that passes sooner is no news.
+_FAILURES = 3
 # Seconds for a report to be taken.
 _SEND_S = 5.0
+
+
+class _Trouble:
+    """Logs once what goes wrong again and again, and its end.
+
+    A trainer or a SuperNode that is started again, or is stopped first, says so itself.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._times = what, 0
+
+    def note(self, sentence: str) -> None:
+        """Take what went wrong this time; nothing, when it is empty."""
+        if not sentence:
+            if self._times >= _FAILURES:
+                _log.info("%s: all is well again", self._what)
+            self._times = 0
+            return
+        self._times += 1
+        if self._times == _FAILURES:
+            _log.warning("%s: %s", self._what, sentence)
 
 
 class Source(threading.Thread):
@@ -53,19 +76,17 @@ class Source(threading.Thread):
         super().__init__(name=f"report-{name}", daemon=True)
         self._read, self._over = read, over
         self._last: tuple[float, str] | None = None
-        self._said = ""
+        self._trouble = _Trouble(f"not in the site's report: {name}")
 
     def run(self) -> None:
-        """Ask until it is over; a failure is logged once."""
+        """Ask until it is over."""
         while not self._over.is_set():
             try:
                 self._last = time.monotonic(), self._read()
-                self._said = ""
+                self._trouble.note("")
             except Exception as error:  # noqa: BLE001  # whatever one source meets, it is asked again
                 self._last = None
-                if (sentence := first_line(error)) != self._said:
-                    self._said = sentence
-                    _log.warning("%s: %s", self.name, sentence)
+                self._trouble.note(first_line(error))
             self._over.wait(REPORT_SECONDS)
 
     def text(self) -> str | None:
@@ -87,7 +108,7 @@ class Reporter(threading.Thread):
             Source("gpu", lambda: _text(_Gpus()), self._over),
             Source("process", lambda: _text(*_process(identity)), self._over),
         ]
-        self._said = ""
+        self._trouble = _Trouble(f"the SuperNode at {address} does not take the site's report")
 
     def run(self) -> None:
         """Start the sources, and report what they say."""
@@ -96,7 +117,7 @@ class Reporter(threading.Thread):
         # httpx's defaults, as Flower's own clients have them: where HTTPS_PROXY leads those, it leads this.
         with httpx.Client(verify=client_context(self._identity), timeout=_SEND_S) as client:
             while not self._over.is_set():
-                self._say(self._send(client))
+                self._trouble.note(self._send(client))
                 self._over.wait(REPORT_SECONDS)
 
     def stop(self) -> None:
@@ -117,14 +138,6 @@ class Reporter(threading.Thread):
         except (httpx.HTTPError, OSError) as error:
             return first_line(error)
         return "" if answer.is_success else f"it answers {answer.status_code}: {answer.text[:300]}"
-
-    def _say(self, wrong: str) -> None:
-        """Log what has changed; the SuperNode is down at times, and says more of it in its own log."""
-        if wrong and wrong != self._said:
-            _log.warning("%s does not take reports: %s", self._url, wrong)
-        elif self._said and not wrong:
-            _log.info("%s takes reports again", self._url)
-        self._said = wrong
 
 
 class _Trainer(Collector):

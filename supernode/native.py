@@ -31,7 +31,7 @@ _log = logging.getLogger("vlafleet.site")
 
 # Who runs the site: locked for as long as it does, and its process id.
 _HOLDER: Final = "site.pid"
-# The port of the SuperNode's Runtime API, for the next start; and of its metrics, for a Prometheus of the lab's own, too.
+# The port of the SuperNode's Runtime API, for the next start; and of its metrics, for the lab's own Prometheus, too.
 _PORT: Final = "port"
 _METRICS_PORT: Final = "metrics-port"
 # Before both are started again: doubled each time up to the longest, and back after this long without an end. Flower

@@ -127,8 +127,8 @@ def test_killed_processes_come_back_and_stopped_ones_are_gone(
     native.start(site)
     assert native.running(site.directory)
     supervisor = int((site.directory / "site.pid").read_text())
-    ports = [(site.directory / name).read_text() for name in ("port", "metrics-port")]
     supernode, superexec = child(supervisor, "supernode"), child(supervisor, "superexec")
+    ports = [(site.directory / name).read_text() for name in ("port", "metrics-port")]
     trainer = until(
         lambda: [pid for pid, said in descendants(superexec).items() if "app.trainer" in said],
         "no trainer",
