@@ -1,7 +1,7 @@
 """A process's identity: the directory with its key, its certificate and the authority it trusts.
 
-``tls.key``, ``tls.crt``, ``ca.crt``; the SuperLink's also holds ``crl.pem``, a site's its SuperNode key pair
-(``node.key``, ``node.pub``, OpenSSH, the key Flower's SuperNode authentication knows the site by).
+``tls.key``, ``tls.crt``, ``ca.crt``; the SuperLink's and the exporter's also hold ``crl.pem``, a site's its SuperNode
+key pair (``node.key``, ``node.pub``, OpenSSH, the key Flower's SuperNode authentication knows the site by).
 
 A renewal replaces the first three at once. What is new is written to ``renewed.pem`` first, a redo record: from then on
 it is what the identity says, and whoever reads it after a crash finishes the replacement.
@@ -41,6 +41,8 @@ from certs.lifetime import renew_at
 from certs.roles import ENROLMENT_NAME, EXPORTER_NAME, SUPERLINK_NAME, Peer, Role, checked_site
 
 _RECORD = "renewed.pem"
+# Who looks up revoked certificates in a file of its own; the enrolment service reads the authority's.
+_WITH_LIST = {Role.SUPERLINK: SUPERLINK_NAME, Role.EXPORTER: EXPORTER_NAME}
 # Files that do not fit together are read again for so long: somebody may be replacing them one after the other.
 _SETTLE_SECONDS = 1.0
 
@@ -70,7 +72,7 @@ class Identity:
 
     @property
     def crl(self) -> Path:
-        """The signed revocation list, PEM (the SuperLink's identity only)."""
+        """The signed revocation list, PEM (the SuperLink's and the exporter's identity only)."""
         return self.directory / "crl.pem"
 
     @property
@@ -352,10 +354,11 @@ def ensure_federation(
 
 
 def publish_crl(pki: Path, authority: Authority) -> None:
-    """Hand the current revocation list to the SuperLink's identity in the same PKI directory."""
-    directory = identity_directory(pki, Role.SUPERLINK, SUPERLINK_NAME)
-    if directory.exists():
-        write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
+    """Hand the current revocation list to who needs it in the same PKI directory."""
+    for role, name in _WITH_LIST.items():
+        directory = identity_directory(pki, role, name)
+        if directory.exists():
+            write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
 
 
 def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
@@ -374,7 +377,7 @@ def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequenc
 def _complete(authority: Authority, directory: Path, role: Role) -> None:
     """Write what goes beside key and certificate."""
     write_atomic(directory / "ca.crt", authority.bundle)
-    if role is Role.SUPERLINK:
+    if role in _WITH_LIST:
         write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
     if role is Role.SITE:
         ensure_node_key(directory)

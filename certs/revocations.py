@@ -45,6 +45,12 @@ class Revocations:
                 self._follow()
             return serial in self._serials
 
+    @property
+    def pem(self) -> bytes:
+        """The list in force."""
+        with self._lock:
+            return self._list.public_bytes(Encoding.PEM)
+
     def take(self, pem: bytes) -> bool:
         """Put a list in force and keep it; return False when it is not newer than the one in force.
 

@@ -82,7 +82,7 @@ def rules(
         "/v1/fleet/": (_site_with_its_own_key(factory), app),
         PATH: (allow(lambda peer: peer.role is Role.SITE), link),
         SITES_PATH: (allow(_sees_sites), sites(factory)),
-        CRL_PATH: (allow(lambda peer: peer.role is Role.ENROLMENT), crl(revocations)),
+        CRL_PATH: (allow(lambda peer: peer.role in _WITH_LIST), crl(revocations)),
         # The enrolment service admits members and evicts them; runs are no business of its.
         **{
             f"/v1/control/{name}": (allow(lambda peer: peer.role in _REGISTRARS), app)
@@ -98,6 +98,8 @@ def rules(
     }
 
 
+# One replaces the revocation list, the other reads it.
+_WITH_LIST = frozenset({Role.ENROLMENT, Role.EXPORTER})
 _REGISTRARS = frozenset({Role.OPERATOR, Role.ENROLMENT})
 
 

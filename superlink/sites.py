@@ -1,4 +1,4 @@
-"""What the SuperLink says of its SuperNodes (``GET /v1/sites``), and how it learns who is revoked (``PUT /v1/crl``).
+"""What the SuperLink says of its SuperNodes (``GET /v1/sites``), and who is revoked: it is told (``PUT /v1/crl``), and tells.
 
 Both stand beside Flower's API and read the state Flower keeps. Who may ask is the guard's rule.
 """
@@ -69,11 +69,17 @@ def sites(factory: "LinkStateFactory") -> Application:
 
 
 def crl(revocations: Revocations) -> Application:
-    """Return the endpoint that puts a newer revocation list (PEM) of this federation's authority in force."""
+    """Return the endpoint of the revocation list, PEM: ``GET`` reads the one in force.
+
+    ``PUT`` puts a newer one of this federation's authority in force; the enrolment service may.
+    """
 
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "PUT":
-            sentence = "the revocation list is replaced with PUT"
+        if scope["method"] == "GET":
+            await _answer(send, _OK, revocations.pem, b"application/pkix-crl")
+            return
+        if scope["method"] != "PUT" or scope["state"]["peer"].role is not Role.ENROLMENT:
+            sentence = "the list is read with GET, and the enrolment service replaces it with PUT"
             await _refuse(send, _METHOD_NOT_ALLOWED, "malformed", sentence)
             return
         body = await read_body(receive, MAX_CRL_BYTES)
@@ -99,10 +105,12 @@ async def _refuse(send: Send, status: int, code: str, detail: str) -> None:
     await _answer(send, status, json.dumps({"code": code, "detail": detail}).encode())
 
 
-async def _answer(send: Send, status: int, body: bytes = b"") -> None:
+async def _answer(
+    send: Send, status: int, body: bytes = b"", form: bytes = b"application/json"
+) -> None:
     headers: list[Any] = [(b"content-length", str(len(body)).encode())] if body else []
     if body:
-        headers.append((b"content-type", b"application/json"))
+        headers.append((b"content-type", form))
     if status >= _BAD_REQUEST:
         headers.append((b"connection", b"close"))  # what is left of the request is never read
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -17,7 +17,7 @@ from cryptography import x509
 from certs.authority import Authority
 from certs.contexts import client_context
 from certs.identity import Identity, authority_directory
-from certs.roles import ENROLMENT_NAME, SUPERLINK_NAME, Role
+from certs.roles import ENROLMENT_NAME, EXPORTER_NAME, SUPERLINK_NAME, Role
 from superlink.sites import MAX_CRL_BYTES
 from superlink.sites import sites as endpoint
 from tests.federation import Running, running_superlink
@@ -143,7 +143,10 @@ def test_methods(running: Running) -> None:
     operator = running.identity(Role.OPERATOR, "admin")
     enrolment = running.identity(Role.ENROLMENT, ENROLMENT_NAME)
     assert running.ask("/v1/sites", operator, method="POST").status == 405
-    assert running.ask("/v1/crl", enrolment, method="GET").status == 405
+    assert running.ask("/v1/crl", enrolment, method="POST").status == 405
+    # The exporter reads the list, and cannot replace it.
+    exporter = running.identity(Role.EXPORTER, EXPORTER_NAME)
+    assert running.ask("/v1/crl", exporter, method="PUT").status == 405
 
 
 @pytest.fixture
@@ -194,6 +197,10 @@ def test_a_list_is_in_force_at_once(running: Running, authority: Authority) -> N
     stored = running.identity(Role.SUPERLINK, SUPERLINK_NAME) / "crl.pem"
     listed = x509.load_pem_x509_crl(stored.read_bytes())
     assert listed.get_revoked_certificate_by_serial_number(issued.serial) is not None
+    exporter = Identity.load(running.identity(Role.EXPORTER, EXPORTER_NAME), Role.EXPORTER)
+    with httpx.Client(verify=client_context(exporter)) as client:
+        told = client.get(f"https://{running.address}/v1/crl").content
+    assert x509.load_pem_x509_crl(told) == listed
     # The same list again is no error, and an old one brings nobody back.
     assert put(running, crl).status_code == 204
     assert running.ask("/v1/sites", revoked, method="GET").refused_by_tls
