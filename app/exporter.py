@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -39,6 +40,8 @@ _log = logging.getLogger("vlafleet.exporter")
 
 # Between two looks at the runs: what changes there takes seconds, and Prometheus asks every few.
 _LOOK_SECONDS = 1.0
+# Python's own is 5 ms.
+_TURN_SECONDS = 0.001
 # Older than this, what was read is no longer served: Prometheus says that the exporter is down.
 _STALE_SECONDS = 60.0
 # The SuperLink is asked at most so often, however many watch; it writes heartbeats every 20 s.
@@ -64,6 +67,8 @@ def serve(
         nodes = Nodes(identity, superlink)
         guard = Guard(rules(identity.peer.federation, followed, nodes.read), _lifespan, None)
         server = mutual_tls_server(guard, identity, None)
+        # Rendering takes tens of milliseconds of Python: between threads a request waits for each of its turns.
+        sys.setswitchinterval(_TURN_SECONDS)
         followed.start()
         follow(identity, enrolment)
         _log.info("exporter of %s listens on %s port %d", identity.peer.federation, host, port)

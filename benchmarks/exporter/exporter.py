@@ -6,6 +6,7 @@ TLS, HTTP and the guard, without what is scraped.
 
 import argparse
 import json
+import os
 import random
 import socket
 import statistics
@@ -126,6 +127,11 @@ class Exporter:
             taken.append(1000 * (time.perf_counter() - started))
         return taken
 
+    def processor(self) -> float:
+        """Processor seconds of the exporter since its start."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> tuple[float, float]:
         """Resident now and at most, MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -154,15 +160,19 @@ def measured(place: Path, pki: Path, sites: int, rounds: int, times: int) -> Non
     runs = place / f"{sites}-{rounds}"
     directory = write(runs, sites, rounds)
     size = (directory / "rounds.jsonl").stat().st_size
-    starts = []
+    starts, spent = [], []
     for _ in range(3):
         exporter = Exporter(pki, runs)
         starts.append(exporter.start_seconds)
+        spent.append(exporter.processor())
         if len(starts) < 3:
             exporter.stop()
     try:
+        marks = [exporter.processor()]
         health = exporter.timed("/health", times)
+        marks.append(exporter.processor())
         quiet = exporter.timed("/metrics", times)
+        marks.append(exporter.processor())
         noise = random.Random(1)  # noqa: S311
         names = [f"site-{site}" for site in range(sites)]
         rows = directory / "rounds.jsonl"
@@ -179,6 +189,7 @@ def measured(place: Path, pki: Path, sites: int, rounds: int, times: int) -> Non
             time.sleep(0.15)
 
         busy = exporter.timed("/metrics", times, goes_on)
+        marks.append(exporter.processor())
         text = exporter.client.get("/metrics").text
         now, most = exporter.memory()
     finally:
@@ -188,15 +199,21 @@ def measured(place: Path, pki: Path, sites: int, rounds: int, times: int) -> Non
     print(
         f"{sites} sites, {rounds} rounds: journal {size / 1e6:.1f} MB, text {len(text) / 1e3:.0f} kB, "
         f"{every} series ({every - of_sites} and {of_sites / sites:g} a site), start "
-        f"{statistics.median(starts):.2f} s ({min(starts):.2f} to {max(starts):.2f}), "
+        f"{statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}), of them "
+        f"{statistics.median(spent):.1f} of the processor, "
         f"memory {now:.0f} MB, at most {most:.0f} MB"
     )
-    print("| what | median ms | p99 ms | max ms | in /health |\n|---|---|---|---|---|")
-    for what, taken in {"health": health, "quiet": quiet, "during rounds": busy}.items():
+    print("| what | median ms | p99 ms | max ms | in /health | processor ms |")
+    print("|---|---|---|---|---|---|")
+    kinds = {"health": health, "quiet": quiet, "during rounds": busy}
+    for (what, taken), begun, over in zip(kinds.items(), marks, marks[1:], strict=False):
         ordered = sorted(taken)
         p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
         median = statistics.median(taken)
-        print(f"| {what} | {median:.1f} | {p99:.1f} | {ordered[-1]:.1f} | {median / unit:.1f} |")
+        print(
+            f"| {what} | {median:.1f} | {p99:.1f} | {ordered[-1]:.1f} | {median / unit:.1f} "
+            f"| {1000 * (over - begun) / times:.1f} |"
+        )
 
 
 def main() -> None:

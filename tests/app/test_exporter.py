@@ -250,6 +250,27 @@ async def _asked(application: Any, method: str = "GET") -> tuple[int, bytes]:
     return sent[0]["status"], sent[1]["body"]
 
 
+def test_a_scrape_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 100 sites the text takes longer to make than a scrape may (benchmarks/exporter)."""
+    run(tmp_path, [record(0, LOSSES)])
+    followed = Followed(Runs(tmp_path))
+    rendered: list[View] = []
+
+    def families(view: View) -> Iterator[None]:
+        rendered.append(view)
+        return iter(())
+
+    monkeypatch.setattr("app.run_metrics.families", families)
+    _, metrics = rules("test", followed, lambda: None)["/metrics"]
+    followed.look()
+    status, body = asyncio.run(_asked(metrics))
+    assert (status, rendered) == (200, [])
+    assert b"vlafleet_run_info{" in body
+    (tmp_path / "17" / "progress.json").write_text("{}")
+    followed.look()
+    assert rendered == [followed.view]
+
+
 def test_what_is_old_is_not_served(tmp_path: Path) -> None:
     """Prometheus then says that the exporter is down, and nobody takes the old figures for a quiet federation."""
     followed = Followed(Runs(tmp_path))
