@@ -1,4 +1,4 @@
-"""What the SuperLink says of its SuperNodes (``GET /v1/sites``), and the revocation list: told to it (PUT), and by it (GET).
+"""What the SuperLink says of its SuperNodes (``GET /v1/sites``) and of who is revoked (``/v1/crl``, where it is told).
 
 Both stand beside Flower's API and read the state Flower keeps. Who may ask is the guard's rule.
 """
