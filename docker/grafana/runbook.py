@@ -1,4 +1,4 @@
-"""The runbook dashboard: docs/runbook.md's section of every alert, for a Grafana that reaches no page outside."""
+"""The runbook dashboard: docs/runbook.md section by section, for a Grafana that reaches no page outside."""
 
 from __future__ import annotations
 
@@ -6,40 +6,50 @@ import re
 from pathlib import Path
 from typing import Final
 
-import yaml
 from grafana_foundation_sdk.builders import dashboard
 
 from docker.grafana.panels import board, link, note
 
-_ROOT = Path(__file__).parents[2]
-_RULES: Final = _ROOT / "docker" / "prometheus" / "alerts.yml"
-_RUNBOOK: Final = _ROOT / "docs" / "runbook.md"
+_PAGE: Final = Path(__file__).parents[2] / "docs" / "runbook.md"
 _URL: Final = "/d/vlafleet-runbook"
 
 
-def alerts() -> list[str]:
-    """Return the names of the alerts, in the order of their rules."""
-    groups = yaml.safe_load(_RULES.read_text())["groups"]
-    names = (rule.get("alert") for group in groups for rule in group["rules"])
-    # A page and a ticket of one name are two degrees of the same alert.
-    return list(dict.fromkeys(name for name in names if name))
+def sections() -> dict[str, str]:
+    """Return the page's text by second-level heading, what comes before the first one as ``Runbook``."""
+    before, *parts = re.split(r"^## +(.+?) *$", _PAGE.read_text(), flags=re.MULTILINE)
+    return {
+        "Runbook": before.removeprefix("# Runbook").strip(),
+        **dict(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True)),
+    }
 
 
-def runbook(alert: str = "") -> list[dashboard.DashboardLink]:
-    """Return the link from a panel to the runbook, or to the section of the alert that watches the same."""
-    if not alert:
-        return [link("Runbook", _URL)]
-    panel = alerts().index(alert) + 1
-    return [link(f"Runbook: {alert}", f"{_URL}?viewPanel=panel-{panel}")]
+def runbook(section: str = "Runbook") -> list[dashboard.DashboardLink]:
+    """Return the link from a panel to the section on the alert that watches the same."""
+    title = section if section == "Runbook" else f"Runbook: {section}"
+    return [link(title, _address(section))]
 
 
 def build() -> dashboard.Dashboard:
-    """Return the dashboard; ``ValueError`` names an alert that the runbook leaves out."""
-    parts = re.split(r"^## +(.+?) *$", _RUNBOOK.read_text(), flags=re.MULTILINE)
-    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    """Return the dashboard; ``ValueError`` names a link to a section that the page has not."""
     made = board("runbook", "Runbook", "What each alert means, where to look, and what to do.")
-    for i, alert in enumerate(alerts(), start=1):
-        if alert not in sections:
-            raise ValueError(f"{_RUNBOOK.name} has no section for {alert}")
-        made.with_panel(note(i, alert, sections[alert].strip(), width=12, height=12))
+    for i, (section, text) in enumerate(sections().items(), start=1):
+        made.with_panel(note(i, section, _relinked(text), width=12, height=14))
     return made
+
+
+def _address(section: str) -> str:
+    names = list(sections())
+    if section not in names:
+        raise ValueError(f"{_PAGE.name} has no section {section!r}")
+    return f"{_URL}?viewPanel=panel-{names.index(section) + 1}"
+
+
+def _relinked(text: str) -> str:
+    """Lead links to other sections to their panels; of other pages say the file, Grafana has none of them."""
+    anchors = {name.lower().replace(" ", "-"): name for name in sections()}
+
+    def panel(found: re.Match[str]) -> str:
+        return f"[{found[1]}]({_address(anchors.get(found[2], found[2]))})"
+
+    text = re.sub(r"\[([^]]+)\]\(#([^)]+)\)", panel, text)
+    return re.sub(r"\[([^]]+)\]\(([\w-]+\.md)(?:#[\w-]+)?\)", r"\1 (docs/\2)", text)

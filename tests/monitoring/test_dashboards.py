@@ -149,18 +149,26 @@ def test_links_lead_to_dashboards_and_panels_that_exist() -> None:
             found += 1
             uid, _, query = url.removeprefix("/d/").partition("?")
             assert uid in boards, url
-            if alert := re.fullmatch("Runbook: (.+)", title):
-                assert sections[int(query.removeprefix("viewPanel=panel-"))] == alert[1]
+            if section := re.fullmatch("Runbook: (.+)", title):
+                assert sections[int(query.removeprefix("viewPanel=panel-"))] == section[1]
     assert found > 50
 
 
-def test_the_runbook_has_every_alerts_section() -> None:
+def test_the_runbook_has_every_section_and_leads_from_one_to_another() -> None:
     rules = yaml.safe_load((ROOT / "docker/prometheus/alerts.yml").read_text())
     alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
-    panels = dashboard("runbook")["panels"]
-    assert {panel["title"] for panel in panels} == alerts
-    runbook = (ROOT / "docs/runbook.md").read_text()
-    assert all(panel["options"]["content"] in runbook for panel in panels)
+    sections = {panel["title"]: panel for panel in dashboard("runbook")["panels"]}
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    assert list(sections) == ["Runbook", *headings]
+    assert alerts <= sections.keys()
+    for name, panel in sections.items():
+        text = panel["options"]["content"]
+        assert "# " not in text.splitlines()[0], name
+        assert ".md)" not in re.sub(r"\(docs/[\w-]+\.md\)", "", text), name
+        for title, id_ in re.findall(
+            r"\[(\w+)\]\(/d/vlafleet-runbook\?viewPanel=panel-(\d+)\)", text
+        ):
+            assert sections[title]["id"] == int(id_), (name, title)
 
 
 def test_the_home_dashboard_is_one_of_the_files() -> None:
