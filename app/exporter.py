@@ -1,7 +1,7 @@
 """The exporter: what the runs do, for Prometheus and for ``vlafleet status``, over mutual TLS.
 
-It only reads, and imports neither Flower nor numpy. A thread follows the runs and renders them; a scrape gets what was
-rendered last.
+It only reads the runs, and imports neither Flower nor numpy. A thread follows them and renders what it finds; a scrape
+gets what was rendered last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import ssl
 import sys
 import threading
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, REGISTRY, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
@@ -25,14 +23,14 @@ from prometheus_client.registry import Collector
 from app import run_metrics
 from app.runs_view import Runs
 from app.status import PATH, document
-from certs.contexts import client_context
-from certs.enrolment import SITES_PATH
+from app.superlink_client import SuperLink
 from certs.errors import FleetError, first_line
 from certs.guard import Application, Guard, Receive, Rule, Scope, Send, allow
 from certs.identity import Identity
 from certs.logs import bind as bind_log
 from certs.process_metrics import ProcessCollector
 from certs.renewal import follow
+from certs.revocations import Revocations
 from certs.roles import Role
 from certs.server import bind, mutual_tls_server
 
@@ -44,11 +42,6 @@ _LOOK_SECONDS = 1.0
 _TURN_SECONDS = 0.001
 # Older than this, what was read is no longer served: Prometheus says that the exporter is down.
 _STALE_SECONDS = 60.0
-# The SuperLink is asked at most so often, however many watch; it writes heartbeats every 20 s.
-_NODES_SECONDS = 2.0
-_NODES_TIMEOUT_SECONDS = 3.0
-# What reading an answer raises that is none of the SuperLink's.
-_NO_LIST = (ValueError, KeyError, TypeError)
 
 
 def serve(
@@ -56,17 +49,22 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT what the runs below the directory ``runs`` do.
 
-    ``superlink`` and ``enrolment`` are ``host:port``: who says which sites are online, and where the certificate is
-    renewed (None: by hand). The directory need not be there yet; all that is there is read before anybody is answered.
-    Raises ``StorageError`` when it cannot be listed, ``AddressError`` when the port cannot be listened on.
+    ``superlink`` and ``enrolment`` are ``host:port``: who says which sites are online and who is revoked, and where the
+    certificate is renewed (None: by hand). The directory need not be there yet; all that is there is read before anybody
+    is answered.
+    Raises ``StorageError`` when it cannot be listed, ``CertificateError`` when the identity holds no revocation list.
     """
     bind_log(role=str(identity.peer.role))
+    revocations = Revocations(identity.crl, identity.authority)
     with bind(host, port) as listener:
         followed = Followed(Runs(runs))
         REGISTRY.register(ProcessCollector(identity, {"runs": runs}))
-        nodes = Nodes(identity, superlink)
-        guard = Guard(rules(identity.peer.federation, followed, nodes.read), _lifespan, None)
-        server = mutual_tls_server(guard, identity, None)
+        asked = SuperLink(identity, superlink)
+        asked.follow(revocations)
+        guard = Guard(
+            rules(identity.peer.federation, followed, asked.nodes), _lifespan, revocations
+        )
+        server = mutual_tls_server(guard, identity, revocations)
         # Rendering takes tens of milliseconds of Python: between threads a request waits for each of its turns.
         sys.setswitchinterval(_TURN_SECONDS)
         followed.start()
@@ -125,44 +123,6 @@ class Followed(threading.Thread):
         self.text = generate_latest(_Rendered(run_metrics.families(self.view)))
         self._behind = False
         self.read_at = time.monotonic()
-
-
-class Nodes:
-    """The SuperNodes that the SuperLink knows (``superlink/sites.py``), asked for with the exporter's certificate."""
-
-    def __init__(self, identity: Identity, superlink: str) -> None:
-        self._client = httpx.Client(
-            verify=client_context(identity),
-            timeout=_NODES_TIMEOUT_SECONDS,
-            # One that lay idle may be gone, and nobody is asked twice.
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
-        self._url = f"https://{superlink}{SITES_PATH}"
-        self._lock = threading.Lock()
-        self._nodes: list[dict[str, Any]] | None = None
-        self._good_until = 0.0
-        self._said = ""
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """Return what the SuperLink says, seconds old at most; None when it does not answer."""
-        with self._lock:
-            if time.monotonic() >= self._good_until:
-                self._nodes = self._ask()
-                self._good_until = time.monotonic() + _NODES_SECONDS
-            return self._nodes
-
-    def _ask(self) -> list[dict[str, Any]] | None:
-        try:
-            nodes: list[dict[str, Any]] = (
-                self._client.get(self._url).raise_for_status().json()["sites"]
-            )
-        except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, *_NO_LIST) as error:
-            if first_line(error) != self._said:
-                _log.warning("%s does not say who is online: %s", self._url, first_line(error))
-            self._said = first_line(error)
-            return None
-        self._said = ""
-        return nodes
 
 
 def rules(

@@ -15,16 +15,25 @@ import httpx
 import pytest
 
 from app import cli
-from app.exporter import Followed, Nodes, rules
+from app.exporter import Followed, rules
 from app.journal import Journal
 from app.runs_view import Runs, View
+from app.superlink_client import SuperLink
 from app.totals import Totals
+from certs.authority import Authority
 from certs.contexts import client_context
 from certs.errors import CertificateError, StorageError
+from certs.files import write_atomic
 from certs.health import check
-from certs.identity import Identity
+from certs.identity import (
+    Identity,
+    authority_directory,
+    ensure_federation,
+    ensure_identity,
+)
 from certs.logs import bind
 from certs.processes import Processes
+from certs.revocations import Revocations
 from certs.roles import Role
 from superlink.demo import wait_for_superlink
 from tests.federation import Running
@@ -72,6 +81,14 @@ def exporter(
         yield running
     finally:
         running.processes.stop()
+
+
+@pytest.fixture
+def own_pki(tmp_path: Path) -> Path:
+    """Another federation's, or one whose files a test may spoil."""
+    for _ in ensure_federation(tmp_path / "pki", "test", []):
+        pass
+    return tmp_path / "pki"
 
 
 @pytest.fixture
@@ -292,16 +309,93 @@ def test_the_thread_looks_until_it_is_stopped(tmp_path: Path) -> None:
     assert not followed.is_alive()
 
 
+def test_a_revoked_operator_is_out_within_seconds(exporter: Serving) -> None:
+    """The exporter learns it from the SuperLink; a connection that is open ends, too."""
+    pki = exporter.superlink.pki
+    authority = Authority.load(authority_directory(pki))
+    leaver = exporter.superlink.identity(Role.OPERATOR, "leaver")
+    ensure_identity(authority, leaver, Role.OPERATOR, "leaver")
+    with exporter.client(Role.OPERATOR, "leaver") as client:
+        assert client.get("/v1/status").status_code == 200
+        revoked_at = time.monotonic()
+        authority.revoke(Role.OPERATOR, "leaver")
+        superlink = Identity.load(
+            exporter.superlink.identity(Role.SUPERLINK, "superlink"), Role.SUPERLINK
+        )
+        write_atomic(superlink.crl, authority.crl.read_bytes())
+        wait_until(lambda: _refused(client))
+        assert time.monotonic() - revoked_at < 10  # three seconds, and what a busy machine takes
+    with exporter.client(Role.OPERATOR, "leaver") as client, pytest.raises(httpx.TransportError):
+        client.get("/v1/status")
+    with exporter.client(Role.OPERATOR, "admin") as client:
+        assert client.get("/v1/status").status_code == 200
+    # It stays out while the SuperLink is away: the list is kept.
+    own = Identity.load(exporter.superlink.identity(Role.EXPORTER, "exporter"), Role.EXPORTER)
+    assert own.crl.read_bytes() == authority.crl.read_bytes()
+
+
+def _refused(client: httpx.Client) -> bool:
+    try:
+        return client.get("/v1/status").status_code == 404
+    except httpx.TransportError:
+        return True
+
+
+def test_without_its_revocation_list_nobody_is_served(
+    own_pki: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    own = own_pki / "exporter" / "exporter"
+    (own / "crl.pem").unlink()
+    with pytest.raises(CertificateError, match="revocation list"):
+        cli.exporter(own, "localhost:1", tmp_path, port=free_port())
+    bind(role=None)
+
+
+def test_a_list_that_is_not_the_authority_s_is_not_taken(
+    identity: Callable[[Role, str], Identity], own_pki: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list of another federation, a refusal and no answer: the last good one stays in force, which is said once."""
+    foreign = Authority.load(authority_directory(own_pki)).crl.read_bytes()
+    answers = [(200, foreign), (200, b"no list"), (404, b""), (200, foreign)]
+    asked: list[str] = []
+
+    async def crl(scope: Any, _receive: Any, send: Any) -> None:
+        status, body = answers[len(asked)]
+        asked.append(scope["method"])
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    own = identity(Role.EXPORTER, "exporter")
+    revocations = Revocations(own.crl, own.authority)
+    before = own.crl.read_bytes()
+    with serving(identity(Role.SUPERLINK, "superlink"), rules={"/v1/crl": (_anybody, crl)}) as it:
+        superlink = SuperLink(own, f"localhost:{it.port}")
+        for _ in answers:
+            superlink.take_list(revocations)
+    superlink.take_list(revocations)
+    superlink.take_list(revocations)
+    assert asked == ["GET"] * 4
+    assert own.crl.read_bytes() == before
+    said = [
+        one.message for one in caplog.records if "who is revoked stays as it was" in one.message
+    ]
+    assert len(said) == 5
+
+
+async def _anybody(_peer: object, _headers: object) -> None:
+    """Let every peer pass."""
+
+
 def test_a_superlink_that_is_not_there_is_nobody_s_word(
     identity: Callable[[Role, str], Identity],
     free_port: Callable[[], int],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("app.exporter._NODES_SECONDS", 0.0)
-    nodes = Nodes(identity(Role.EXPORTER, "exporter"), f"localhost:{free_port()}")
-    assert nodes.read() is None
-    assert nodes.read() is None
+    monkeypatch.setattr("app.superlink_client._NODES_SECONDS", 0.0)
+    superlink = SuperLink(identity(Role.EXPORTER, "exporter"), f"localhost:{free_port()}")
+    assert superlink.nodes() is None
+    assert superlink.nodes() is None
     assert len(caplog.messages) == 1
 
 
@@ -317,22 +411,19 @@ def test_the_superlink_is_asked_with_the_exporter_s_certificate(
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
-    async def anybody(_peer: object, _headers: object) -> None:
-        """Let every peer pass."""
-
     with serving(
-        identity(Role.SUPERLINK, "superlink"), rules={"/v1/sites": (anybody, sites)}
+        identity(Role.SUPERLINK, "superlink"), rules={"/v1/sites": (_anybody, sites)}
     ) as running:
-        nodes = Nodes(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
+        superlink = SuperLink(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
         # However many watch, it is asked once in two seconds.
-        assert [nodes.read(), nodes.read()] == [[{"name": "site-a"}]] * 2
+        assert [superlink.nodes(), superlink.nodes()] == [[{"name": "site-a"}]] * 2
         assert asked == [Role.EXPORTER]
-        monkeypatch.setattr("app.exporter._NODES_SECONDS", 0.0)
-        nodes = Nodes(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
-        assert [nodes.read() for _ in bodies[1:]] == [None] * 3
+        monkeypatch.setattr("app.superlink_client._NODES_SECONDS", 0.0)
+        superlink = SuperLink(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
+        assert [superlink.nodes() for _ in bodies[1:]] == [None] * 3
     before = len(asked)
     # A site that listens there is not the SuperLink.
-    with serving(identity(Role.SITE, "site-a"), rules={"/v1/sites": (anybody, sites)}) as running:
-        nodes = Nodes(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
-        assert nodes.read() is None
+    with serving(identity(Role.SITE, "site-a"), rules={"/v1/sites": (_anybody, sites)}) as running:
+        superlink = SuperLink(identity(Role.EXPORTER, "exporter"), f"localhost:{running.port}")
+        assert superlink.nodes() is None
     assert len(asked) == before
