@@ -171,9 +171,9 @@ class _Gpus(Collector):
 
 def _process(identity: Identity) -> Iterable[Collector]:
     """This process's certificate and contact, and the disk that its trainer fills."""
-    # In a container that is a volume, and what lies above it is none.
+    # In a container that is a volume, and what lies above it is none; elsewhere the first job makes it.
     states = home() / "sites"
-    place = states if states.is_dir() else home()
+    place = next(path for path in (states, *states.parents) if path.is_dir())
     return (
         ProcessCollector(identity, {"site": place}),
         ContactCollector(identity.peer),

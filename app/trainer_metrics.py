@@ -51,6 +51,7 @@ class Metrics:
         # Memory, CPU seconds, open files and start time of this process.
         ProcessCollector(namespace="vlafleet_trainer", registry=self._registry)
         self._progress = {name: self._gauge(metric) for name, metric in _PROGRESS.items()}
+        self._forget()
         episodes, frames = self._gauge(said.EPISODES), self._gauge(said.DATASET_FRAMES)
         # Of the dataset: true until another job says something else.
         self._dataset = {
@@ -88,8 +89,7 @@ class Metrics:
         """Measure one job."""
         outcome = Outcome()
         # What the job before said is not true of this one.
-        for gauge in self._progress.values():
-            gauge.set(math.nan)
+        self._forget()
         with self._busy.track_inprogress(), self._seconds.labels(kind).time():
             yield outcome
         self._jobs.labels(kind, outcome.result).inc()
@@ -97,6 +97,10 @@ class Metrics:
     def text(self) -> str:
         """All of it in Prometheus's text format."""
         return generate_latest(self._registry).decode()
+
+    def _forget(self) -> None:
+        for gauge in self._progress.values():
+            gauge.set(math.nan)
 
     def _gauge(self, metric: Metric) -> Gauge:
         return Gauge(metric.name, metric.help, metric.labels, registry=self._registry)

@@ -115,9 +115,14 @@ def has(node: SuperNode, **wanted: float) -> Callable[[], bool]:
 
 
 def test_a_site_is_reported(
-    superexec: Identity, server: Serving, node: SuperNode, tmp_path: Path
+    superexec: Identity,
+    server: Serving,
+    node: SuperNode,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "sites").mkdir()
+    # Nobody has made it yet.
+    monkeypatch.setenv("VLAFLEET_HOME", str(tmp_path / "home"))
     with supervised(STANDIN) as path, reporting(superexec, server, path):
         # From the first report on, so that an increase is seen: nothing has answered yet.
         until(lambda: node.reports, "no report")
@@ -127,6 +132,7 @@ def test_a_site_is_reported(
             patch.setenv("VLAFLEET_TRAINER", str(path))
             submit(Job("train", {}, {"do": "echo"}))
         until(has(node, vlafleet_trainer_up=1, vlafleet_trainer_step=3), "the trainer is not told")
+        until(lambda: "vlafleet_disk_size_bytessite" in node.last, "the disk is not told")
         told = node.last
         assert told["vlafleet_trainer_jobs_totalcompletedtrain"] == 1
         usage = shutil.disk_usage(tmp_path)
