@@ -50,9 +50,9 @@ def serve(
     """Serve until SIGTERM or SIGINT what the runs below the directory ``runs`` do.
 
     ``superlink`` and ``enrolment`` are ``host:port``: who says which sites are online and who is revoked, and where the
-    certificate is renewed (None: by hand). The directory need not be there yet; all that is there is read before anybody
-    is answered.
-    Raises ``StorageError`` when it cannot be listed, ``CertificateError`` when the identity holds no revocation list.
+    certificate is renewed (None: by hand). The directory need not be there yet; all that is there is read before the
+    first answer. Raises ``StorageError`` when it cannot be listed, ``CertificateError`` when the identity holds no
+    revocation list.
     """
     bind_log(role=str(identity.peer.role))
     revocations = Revocations(identity.crl, identity.authority)
