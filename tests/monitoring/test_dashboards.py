@@ -212,7 +212,7 @@ def test_every_query_has_an_answer_with_the_labels_that_are_shown(
     """On a Prometheus with a history of every declared metric."""
     tools = prometheus_tools()
     with (tmp_path / "history").open("w") as file:
-        file.writelines(history(time.time(), seconds=10 * 60, step=15))
+        file.writelines(history(time.time(), seconds=6 * 60, step=20))
     subprocess.run(
         [tools / "promtool", "tsdb", "create-blocks-from", "openmetrics", "history", "data"],
         cwd=tmp_path,
