@@ -171,7 +171,7 @@ def _over_time() -> Iterator[Panel]:
     losses = graph(
         9,
         "Held-out loss",
-        "On episodes that no site trains on: the mean by frames, the base model's, and the sites between which it lies.",
+        "On episodes that no site trains on: the mean by frames, the base model's, and the worst and the best site's.",
         Ask("vlafleet_held_out_loss", "all sites"),
         Ask("vlafleet_base_held_out_loss", "base model"),
         Ask("max(vlafleet_site_held_out_loss)", "worst site"),
