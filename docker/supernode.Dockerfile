@@ -46,6 +46,6 @@ ENV PATH=/opt/vlafleet/bin:$PATH \
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 USER 10001:10001
 WORKDIR /home/vlafleet
-EXPOSE 9094
+EXPOSE 9094 9095
 ENTRYPOINT ["vlafleet"]
 CMD ["supernode", "--help"]
