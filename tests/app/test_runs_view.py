@@ -12,6 +12,7 @@ import pytest
 from app.durable import point
 from app.journal import Journal, parse
 from app.run_metrics import DROPS
+from app.run_progress import RunProgress
 from app.runs_view import Runs
 from certs.errors import StorageError
 from tests.records import SITE, evaluated, record, run, trained
@@ -295,6 +296,24 @@ PROGRESS = {
     "since": 5.0,
     "sites": {},
 }
+
+
+def test_what_a_serverapp_says_is_taken(root: Path, runs: Runs) -> None:
+    directory = run(root, [record(0, LOSSES)], rounds=2)
+    said = RunProgress(directory, directory.name, 2, 1)
+    said.enter("collect", 1)
+    said.asked("train", LOSSES)
+    said.ended("site-b", "timeout", "no reply within 600 s")
+    runs.refresh()
+    progress = runs.view.progress
+    assert progress is not None
+    assert (progress["phase"], progress["round"]) == ("collect", 1)
+    states = {name: (site["kind"], site["state"]) for name, site in progress["sites"].items()}
+    assert states == {"site-a": ("train", "working"), "site-b": ("train", "timeout")}
+    said.close()
+    assert runs.refresh()
+    assert runs.view.progress is not None
+    assert (runs.view.progress["phase"], runs.view.progress["sites"]) == ("done", {})
 
 
 def test_progress_is_followed(root: Path, runs: Runs) -> None:
