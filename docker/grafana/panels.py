@@ -221,22 +221,23 @@ def rows(
         **keys,
         **{c.label or value: c.title for c, value in zip(columns, values, strict=True)},
     }
-    kept = "|".join(names)
     panel = _common(table.Panel(), panel_id, title, says, "none", width, height, links)
     panel.color_scheme(_color(()))
     panel.targets(_targets([Ask(column.expr) for column in columns], instant=True, as_table=True))
-    for name, options in [
-        ("filterFieldsByName", {"include": {"pattern": f"/^({kept})$/"}}),
-        ("merge", {}),
-        (
-            "organize",
-            {
-                "indexByName": {name: i for i, name in enumerate(names)},
-                "renameByName": {name: title for name, title in names.items() if name != title},
-            },
-        ),
-    ]:
-        panel.with_transformation(models.DataTransformerConfig(id_val=name, options=options))
+    steps: dict[str, dict[str, Any]] = {
+        "filterFieldsByName": {"include": {"pattern": f"/^({'|'.join(names)})$/"}}
+    }
+    if len(keys) == 1:
+        # Unlike a merge it bears a query that finds nothing: a new federation has no losses.
+        steps["joinByField"] = {"byField": next(iter(keys)), "mode": "outer"}
+    else:
+        steps["merge"] = {}
+    steps["organize"] = {
+        "indexByName": {name: i for i, name in enumerate(names)},
+        "renameByName": {name: title for name, title in names.items() if name != title},
+    }
+    for step, options in steps.items():
+        panel.with_transformation(models.DataTransformerConfig(id_val=step, options=options))
     for column in columns:
         panel.override_by_name(column.title, _column_properties(column))
     if to_site:
@@ -244,7 +245,7 @@ def rows(
         panel.override_by_name(keys["site"], [_property("links", [to])])
     if sort_by:
         panel.sort_by([common.TableSortByFieldState().display_name(sort_by)])
-    return panel.no_value("not known")
+    return panel.no_value("-")
 
 
 def note(panel_id: int, title: str, content: str, *, width: int, height: int) -> text.Panel:
