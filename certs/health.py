@@ -22,9 +22,9 @@ _ASKED = (Role.SUPERLINK, Role.ENROLMENT, Role.EXPORTER)
 def check(directory: Path, address: str) -> str:
     """Return a line that says the process is healthy; raise ``ConnectionRefusedByFleetError`` otherwise.
 
-    SuperLink, enrolment service and exporter are asked over mutual TLS with their own identity. SuperNode and SuperExec are
-    healthy while their server answers them: their own ports stay open when their work has stopped (measured on Flower
-    1.41).
+    SuperLink, enrolment service and exporter are asked over mutual TLS with their own identity. SuperNode and SuperExec
+    are healthy while their server answers them: their own ports stay open when their work has stopped (measured on
+    Flower 1.41).
     """
     identity = Identity.load(directory, *_ASKED, Role.SITE, Role.SUPEREXEC)
     if identity.peer.role in _ASKED:
