@@ -55,8 +55,8 @@ def federation(
     listens on ``port`` of loopback, the SuperNodes on the ports above. ``uplinks`` maps a site to the address
     (``host:port``) at which it finds the SuperLink, where that is another. With ``enrolment`` an enrolment service
     listens on the port above the SuperNodes', signs sites' certificates for ``site_lifetime`` (``24s``; empty: as long
-    as by default), and every process renews its certificate there. When
-    ``watched``, an exporter listens on the next port (``vlafleet status``, Prometheus).
+    as by default), and every process renews its certificate there. When ``watched``, an exporter listens on the next
+    port.
     """
     names = [SUPERLINK_NAME, *datasets]
     names += [ENROLMENT_NAME] if enrolment else []
@@ -154,6 +154,11 @@ def demo(directory: Path, data: Path, runs: Path, port: int, run_config: str) ->
         processes,
     ):
         typer.echo(f"{' and '.join(SITES)} are online, over mutual TLS; logs: {processes.logs}")
+        # The last of the ports: SuperLink, sites, enrolment service, exporter.
+        admin = identity_directory(directory / "pki", Role.OPERATOR, "admin")
+        typer.echo(
+            f"Watch them: vlafleet watch --identity {admin} --exporter localhost:{port + len(SITES) + 2}"
+        )
         run_id = control.start(request)
         try:
             _follow(control, processes, run_id)
