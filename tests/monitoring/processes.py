@@ -84,8 +84,19 @@ class Monitoring:
             f"{self.prometheus}/api/v1/query", data={"query": expression}, timeout=30
         ).json()
         assert answer["status"] == "success", (expression, answer)
-        result = answer["data"]["result"]
-        return result if isinstance(result, list) else [result]
+        assert answer["data"]["resultType"] == "vector", (expression, answer)
+        samples: list[dict[str, Any]] = answer["data"]["result"]
+        return samples
+
+    def shows(self, expression: str, since: float) -> bool:
+        """Whether a panel shows something: there are samples now, and since then (Unix time) one was a number."""
+        if not self.query(expression):
+            return False
+        span = {"query": expression, "start": since, "end": time.time(), "step": 1}
+        answer = httpx.post(f"{self.prometheus}/api/v1/query_range", data=span, timeout=30).json()
+        assert answer["status"] == "success", (expression, answer)
+        series = answer["data"]["result"]
+        return any(value != "NaN" for each in series for _, value in each["values"])
 
     def alerts(self, state: str = "firing") -> set[Alert]:
         """The alerts that Prometheus has in a state: pending or firing."""
