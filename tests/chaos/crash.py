@@ -81,7 +81,8 @@ class Steps:
             setattr(server_app, name, lambda directory: directory)
         for owner, names in (
             (os, ("fsync", "truncate")),
-            (Path, ("rename", "symlink_to", "unlink")),
+            # "replace": each phase begins with it, and so each has a step.
+            (Path, ("rename", "replace", "symlink_to", "unlink")),
         ):
             for name in names:
                 setattr(owner, name, self.before(getattr(owner, name)))

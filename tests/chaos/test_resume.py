@@ -10,7 +10,7 @@ import pytest
 
 from app.tiny_base import ensure_tiny_base
 
-# A kill is tried at every how-manieth step of each phase, from its first: about 60 in all.
+# A kill is tried at every how-manieth step of each phase, from its first: about 70 in all.
 STRIDE = 5
 
 
