@@ -171,6 +171,7 @@ def test_each_fault_fires_its_alert_and_no_other(fleet: Fleet) -> None:
     fleet.fires(REFUSALS, within=SLACK)
     # A certificate ends at a full second.
     fleet.fires(CERTIFICATE, within=0.75 * LIFETIME_S + SLACK, after=0.75 * LIFETIME_S - 2)
+    until(lambda: CERTIFICATE in monitoring.webhook.told(), "nobody is told", monitoring.routed)
     # The remedy: the process takes the new certificate over while it runs.
     certify(fleet)
     until(lambda: CERTIFICATE not in monitoring.alerts(), "the alert stays")
