@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import uvicorn
 from prometheus_client import REGISTRY, generate_latest
@@ -32,7 +32,9 @@ from certs.site_metrics import (
     VALUES,
     ContactCollector,
 )
-from supernode.link import Link
+
+if TYPE_CHECKING:
+    from supernode.link import Link
 
 PATH: Final = "/metrics"
 
