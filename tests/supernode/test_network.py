@@ -59,7 +59,7 @@ class Federation:
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     pki = tmp_path_factory.mktemp("network")
-    assert len(list(ensure_federation(pki, "test", ["site-a"]))) == 7
+    assert len(list(ensure_federation(pki, "test", ["site-a"]))) == 8
     return Federation(pki)
 
 

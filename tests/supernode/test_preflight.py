@@ -228,7 +228,7 @@ def test_an_evicted_site(tmp_path: Path, service: Enrolment) -> None:
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pki")
-    assert len(list(ensure_federation(made, "test", ["site-a"]))) == 7
+    assert len(list(ensure_federation(made, "test", ["site-a"]))) == 8
     return made
 
 
