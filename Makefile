@@ -52,10 +52,9 @@ docs: setup ## docs/metrics.md and the Grafana dashboards, from what the code de
 	@$(BIN)/python -m docs.metrics_table
 	$(BIN)/python -m docker.grafana.build
 
-# sysmon, Python 3.12's own hooks, costs a few per cent where the tracer takes twice the time. Two workers: whole federations
-# mostly wait (for Flower's polls, for containers), and the rest computes meanwhile (tests/conftest.py).
+# sysmon, Python 3.12's own hooks, costs a few per cent where the tracer takes twice the time.
 test: setup ## every test; what needs Docker or OpenGL says so when it is missing
-	@COVERAGE_CORE=sysmon $(BIN)/pytest -n 2 --dist loadgroup --cov=app --cov-report=term:skip-covered --cov-fail-under=85
+	@COVERAGE_CORE=sysmon $(BIN)/pytest --cov=app --cov-report=term:skip-covered --cov-fail-under=85
 
 lint: setup ## ruff, mypy, hadolint
 	@$(BIN)/ruff check .

@@ -20,17 +20,6 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", FLWR_TELEMETRY_ENABLE
 Vlafleet = Callable[..., subprocess.CompletedProcess[str]]
 
 
-# What starts whole federations and containers: one after the other, in one of the two processes of 'make test'.
-FEDERATIONS = {"chaos", "docker", "end-to-end"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to two processes (pytest-xdist), each of which keeps its order."""
-    for item in items:
-        group = "federations" if FEDERATIONS & set(item.path.parts) else "units"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PKI directory with every identity of the federation ``test`` (site-a, site-b)."""
@@ -60,8 +49,6 @@ def free_port() -> Callable[[], int]:
     # SuperLink, two sites, enrolment service, exporter: what a watched federation takes.
     together = 5
     given: set[int] = set()
-    # Of two processes of tests, each takes ports of its own: 16 of every 32.
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
     def is_free(port: int) -> bool:
         with socket.socket() as probe:
@@ -72,8 +59,6 @@ def free_port() -> Callable[[], int]:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port: int = probe.getsockname()[1]
-            if port // 16 % 2 != worker % 2 or port % 16 > 16 - together:
-                continue
             apart = not given & set(range(port - together, port + together + 1))
             if apart and port < 65000 and all(map(is_free, range(port, port + together))):
                 given.add(port)
