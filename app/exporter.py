@@ -12,22 +12,21 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, REGISTRY, generate_latest
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
 
 from app import run_metrics
 from app.runs_view import Runs
 from app.status import PATH, document
 from app.superlink_client import SuperLink
 from certs.errors import FleetError, first_line
-from certs.guard import Application, Guard, Receive, Rule, Scope, Send, allow
+from certs.guard import Application, Guard, Receive, Rule, Scope, Send, allow, no_lifespan, reply
 from certs.identity import Identity
 from certs.logs import bind as bind_log
+from certs.metric import exposition
 from certs.process_metrics import ProcessCollector
 from certs.renewal import follow
 from certs.revocations import Revocations
@@ -62,7 +61,7 @@ def serve(
         asked = SuperLink(identity, superlink)
         asked.follow(revocations)
         guard = Guard(
-            rules(identity.peer.federation, followed, asked.nodes), _lifespan, revocations
+            rules(identity.peer.federation, followed, asked.nodes), no_lifespan, revocations
         )
         server = mutual_tls_server(guard, identity, revocations)
         # Rendering takes tens of milliseconds of Python: between threads a request waits for each of its turns.
@@ -120,7 +119,7 @@ class Followed(threading.Thread):
 
     def _render(self) -> None:
         self.view = self._runs.view
-        self.text = generate_latest(_Rendered(run_metrics.families(self.view)))
+        self.text = exposition(run_metrics.families(self.view))
         self._behind = False
         self.read_at = time.monotonic()
 
@@ -165,32 +164,6 @@ def _endpoint(answer: Callable[[], bytes], form: str, followed: Followed) -> App
             status, kind, body = 503, "text/plain", b"the runs cannot be read; the log says why\n"
         else:
             body = await asyncio.to_thread(answer)
-        headers = [
-            (b"content-type", kind.encode()),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-        ]
-        if status != 200:
-            headers.append((b"connection", b"close"))  # what is left of the request is never read
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await reply(send, status, body, kind, (b"cache-control", b"no-store"))
 
     return serve
-
-
-class _Rendered(Collector):
-    """What ``generate_latest`` takes, of families that are there."""
-
-    def __init__(self, families: Iterable[Family]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Family]:
-        """Return them."""
-        return self._families
-
-
-async def _lifespan(_scope: Scope, receive: Receive, send: Send) -> None:
-    """Nothing begins or ends with the server (ASGI's lifespan)."""
-    for event in ("startup", "shutdown"):
-        await receive()
-        await send({"type": f"lifespan.{event}.complete"})

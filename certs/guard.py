@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from prometheus_client import REGISTRY
 
-from certs.lifetime import CLOCK_SKEW
+from certs.lifetime import life_of
 from certs.metric import Metric
 from certs.revocations import Revocations
 from certs.roles import Peer
@@ -57,6 +57,8 @@ for _reason in HANDSHAKE_REASONS:
 _refusals = _REFUSALS.counting(REGISTRY)
 _REFUSED_REQUESTS, _REFUSED_HANDSHAKES = _refusals.labels("request"), _refusals.labels("handshake")
 
+# From here on a status refuses (RFC 9110).
+_REFUSED = 400
 # Flower's SuperNode ends itself on 401 and takes 403 for "run not running"; on 404 it keeps trying.
 _STATUS = 404
 # Flower's error form (flwr.supercore.error.FlowerError.from_json), so that its clients print the sentence. The code
@@ -113,6 +115,33 @@ async def read_body(receive: Receive, limit: int) -> bytes | None:
             return None
         more = message.get("more_body", False)
     return body
+
+
+async def reply(
+    send: Send,
+    status: int,
+    body: bytes = b"",
+    form: str = "application/json",
+    *more: tuple[bytes, bytes],
+) -> None:
+    """Send a whole answer, with ``more`` headers; after a refusal, what is left of the request is never read."""
+    headers = list(more)
+    if body:
+        headers += [
+            (b"content-type", form.encode()),
+            (b"content-length", str(len(body)).encode()),
+        ]
+    if status >= _REFUSED:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def no_lifespan(_scope: Scope, receive: Receive, send: Send) -> None:
+    """Nothing begins or ends with the server (ASGI's lifespan)."""
+    for event in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{event}.complete"})
 
 
 class Guard:
@@ -202,8 +231,7 @@ class Guard:
 
 
 def _in_last_share(peer: Peer) -> bool:
-    life = peer.not_after - peer.not_before - CLOCK_SKEW
-    return datetime.now(UTC) >= peer.not_after - life * _LAST_SHARE
+    return datetime.now(UTC) >= peer.not_after - life_of(peer) * _LAST_SHARE
 
 
 def _closing(send: Send) -> Send:

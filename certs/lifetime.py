@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from certs.roles import Role
+from certs.roles import Peer, Role
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 # A site is the least guarded machine, so its certificate (and that of the SuperExec beside it) lives shortest. The
@@ -30,6 +30,11 @@ def issued_at(certificate: x509.Certificate) -> datetime:
 def life(certificate: x509.Certificate) -> timedelta:
     """How long it was to live from the moment it was signed."""
     return certificate.not_valid_after_utc - issued_at(certificate)
+
+
+def life_of(peer: Peer) -> timedelta:
+    """The same of the certificate that a verified peer presented."""
+    return peer.not_after - peer.not_before - CLOCK_SKEW
 
 
 def renew_at(certificate: x509.Certificate) -> datetime:

@@ -4,18 +4,19 @@ https://prometheus.io/docs/practices/naming. ``docs/metrics_table.py`` makes ``d
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import Counter, disable_created_metrics
+from prometheus_client import Counter, disable_created_metrics, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     InfoMetricFamily,
 )
-from prometheus_client.registry import CollectorRegistry
+from prometheus_client.core import Metric as Family
+from prometheus_client.registry import Collector, CollectorRegistry
 
 # Of every counter and histogram a series more, for when it began to count: nobody asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -98,3 +99,19 @@ class Metric:
     def counting(self, registry: CollectorRegistry) -> Counter:
         """Return a counter that this process counts with."""
         return Counter(self.name, self.help, self.labels, registry=registry)
+
+
+def exposition(families: Iterable[Family]) -> bytes:
+    """Return families in Prometheus' text format."""
+    return generate_latest(_Collected(families))
+
+
+class _Collected(Collector):
+    """What ``generate_latest`` takes, of families that are there."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        """Return them."""
+        return self._families

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +12,7 @@ from prometheus_client.registry import Collector
 from certs.errors import CertificateError
 from certs.files import load_certificate
 from certs.identity import Identity
-from certs.lifetime import CLOCK_SKEW
+from certs.lifetime import life_of
 from certs.metric import Metric
 from certs.roles import Peer
 
@@ -64,8 +63,7 @@ class ProcessCollector(Collector):
         expiry, lifetime = _EXPIRY.gauge(), _LIFETIME.gauge()
         peer = self._current()
         expiry.add_metric([peer.role], peer.not_after.timestamp())
-        life: timedelta = peer.not_after - peer.not_before - CLOCK_SKEW
-        lifetime.add_metric([peer.role], life.total_seconds())
+        lifetime.add_metric([peer.role], life_of(peer).total_seconds())
         free, size = _DISK_FREE.gauge(), _DISK_SIZE.gauge()
         for volume, path in self._volumes.items():
             try:

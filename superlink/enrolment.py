@@ -16,7 +16,7 @@ from certs.audit import Audit
 from certs.authority import Authority
 from certs.errors import AddressError, CertificateError, StorageError
 from certs.files import load_certificate
-from certs.guard import Guard, Receive, Scope, Send, allow
+from certs.guard import Guard, allow, no_lifespan
 from certs.identity import Identity
 from certs.process_metrics import ProcessCollector
 from certs.revocations import Revocations
@@ -101,7 +101,7 @@ def serve(
                 "/metrics": (monitor, exposition),
                 "/health": (own, endpoint({"GET": _healthy})),
             },
-            _lifespan,
+            no_lifespan,
             revocations,
             anonymous=api.anonymous(),
             on_refused=log.refused_request,
@@ -185,10 +185,3 @@ def _import_flower() -> None:
 
 async def _healthy(_request: Request) -> dict[str, str]:
     return {"status": "ok"}
-
-
-async def _lifespan(_scope: Scope, receive: Receive, send: Send) -> None:
-    """Nothing begins or ends with the server (ASGI's lifespan)."""
-    for event in ("startup", "shutdown"):
-        await receive()
-        await send({"type": f"lifespan.{event}.complete"})

@@ -7,10 +7,10 @@ import asyncio
 import json
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from certs.errors import CertificateError
-from certs.guard import Application, Receive, Scope, Send, read_body
+from certs.guard import Application, Receive, Scope, Send, read_body, reply
 from certs.revocations import Revocations
 from certs.roles import Peer, Role
 from superlink.control import last_heartbeat
@@ -63,7 +63,7 @@ def sites(factory: "LinkStateFactory") -> Application:
         if scope["method"] != "GET":
             await _refuse(send, _METHOD_NOT_ALLOWED, "malformed", "the sites are read with GET")
             return
-        await _answer(send, _OK, await asyncio.to_thread(known, scope["state"]["peer"]))
+        await reply(send, _OK, await asyncio.to_thread(known, scope["state"]["peer"]))
 
     return endpoint
 
@@ -76,7 +76,7 @@ def crl(revocations: Revocations) -> Application:
 
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "GET":
-            await _answer(send, _OK, revocations.pem, b"application/pkix-crl")
+            await reply(send, _OK, revocations.pem, "application/pkix-crl")
             return
         if scope["method"] != "PUT" or scope["state"]["peer"].role is not Role.ENROLMENT:
             sentence = "the list is read with GET, and the enrolment service replaces it with PUT"
@@ -96,22 +96,10 @@ def crl(revocations: Revocations) -> Application:
             else:
                 await _refuse(send, _BAD_REQUEST, "malformed", str(error))
             return
-        await _answer(send, _NO_CONTENT)
+        await reply(send, _NO_CONTENT)
 
     return endpoint
 
 
 async def _refuse(send: Send, status: int, code: str, detail: str) -> None:
-    await _answer(send, status, json.dumps({"code": code, "detail": detail}).encode())
-
-
-async def _answer(
-    send: Send, status: int, body: bytes = b"", form: bytes = b"application/json"
-) -> None:
-    headers: list[Any] = [(b"content-length", str(len(body)).encode())] if body else []
-    if body:
-        headers.append((b"content-type", form))
-    if status >= _BAD_REQUEST:
-        headers.append((b"connection", b"close"))  # what is left of the request is never read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await reply(send, status, json.dumps({"code": code, "detail": detail}).encode())

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from certs.guard import Application, Receive, Scope, Send, read_body
+from certs.guard import Application, Receive, Scope, Send, read_body, reply
 from certs.identity import Identity
-from certs.metric import Metric
+from certs.metric import Metric, exposition
 from certs.process_metrics import ProcessCollector
 from certs.site_metrics import (
     MAX_REPORT_BYTES,
@@ -51,7 +51,6 @@ METRICS: Final = (_REPORTED_AT, _LINK)
 
 # Characters of a peer's text in a sentence.
 _QUOTED = 80
-_CLOSE = (b"connection", b"close")
 # Connections at a time of the port without TLS: a Prometheus has one.
 _CONNECTIONS = 16
 
@@ -124,15 +123,7 @@ class SiteMetrics(Collector):
         if report is not None and self._clock() - report.at < STALE_SECONDS:
             for family in report.families:
                 _add(families, family)
-        return generate_latest(_Families(families.values()))
-
-
-class _Families(Collector):
-    def __init__(self, families: Iterable[Family]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Family]:
-        return self._families
+        return exposition(families.values())
 
 
 def _add(families: dict[str, Family], reported: Family) -> None:
@@ -190,19 +181,18 @@ def reports(site: SiteMetrics) -> Application:
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
-            await _answer(send, 405, "a report is a POST")
+            await _refuse(send, 405, "a report is a POST")
             return
         body = await read_body(receive, MAX_REPORT_BYTES)
         if body is None:
-            await _answer(send, 413, f"a report has at most {MAX_REPORT_BYTES} bytes")
+            await _refuse(send, 413, f"a report has at most {MAX_REPORT_BYTES} bytes")
             return
         try:
             site.take(body)
         except ValueError as error:
-            await _answer(send, 400, str(error))
+            await _refuse(send, 400, str(error))
         else:
-            await send({"type": "http.response.start", "status": 204})
-            await send({"type": "http.response.body"})
+            await reply(send, 204)
 
     return application
 
@@ -212,13 +202,13 @@ def shown(site: SiteMetrics) -> Application:
 
     async def application(scope: Scope, _receive: Receive, send: Send) -> None:
         if scope["path"] != PATH:
-            await _answer(send, 404, f"the metrics are at {PATH}")
+            await _refuse(send, 404, f"the metrics are at {PATH}")
         elif scope["method"] != "GET":
-            await _answer(send, 405, "metrics are read")
+            await _refuse(send, 405, "metrics are read")
         else:
             # Files are read for it: not in the thread that serves the Runtime API.
             text = await asyncio.to_thread(site.text)
-            await _send(send, 200, CONTENT_TYPE_PLAIN_0_0_4, text)
+            await reply(send, 200, text, CONTENT_TYPE_PLAIN_0_0_4)
 
     return application
 
@@ -245,14 +235,5 @@ def serve_plainly(site: SiteMetrics, listener: socket.socket) -> None:
     ).start()
 
 
-async def _answer(send: Send, status: int, detail: str) -> None:
-    """Refuse a request; what is left of it is never read."""
-    await _send(send, status, "application/json", json.dumps({"detail": detail}).encode(), _CLOSE)
-
-
-async def _send(
-    send: Send, status: int, kind: str, body: bytes, *more: tuple[bytes, bytes]
-) -> None:
-    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *more]})
-    await send({"type": "http.response.body", "body": body})
+async def _refuse(send: Send, status: int, detail: str) -> None:
+    await reply(send, status, json.dumps({"detail": detail}).encode())
