@@ -247,6 +247,62 @@ def test_what_is_no_authority(text: str) -> None:
         anonymous_context(text, "lab")
 
 
+def begun(running: Serving, context: ssl.SSLContext, host: str) -> int:
+    """The serial of the certificate that the server shows to a client that knows it as ``host``."""
+    with (
+        socket.create_connection(("127.0.0.1", running.port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname=host) as tls,
+    ):
+        return x509.load_der_x509_certificate(
+            tls.getpeercert(binary_form=True) or b""
+        ).serial_number
+
+
+@pytest.mark.parametrize("host", ["10.96.3.7", "fd00::7", "lab-7-supernode.robots.svc"])
+def test_a_site_is_known_by_its_spiffe_id_alone(
+    identity: Callable[[Role, str], Identity], tmp_path: Path, host: str
+) -> None:
+    """Its app reaches it at an address that no certificate names. Holder and authority are checked all the same."""
+    app, site = identity(Role.SUPEREXEC, "site-a"), identity(Role.SITE, "site-a")
+    foreign = Authority.init(tmp_path / "foreign", "test")
+    shutil.copytree(site.directory, tmp_path / "stranger")
+    stranger = Identity.load(tmp_path / "stranger", Role.SITE)
+    renew(stranger, foreign)
+    with serving(site) as running:
+        assert begun(running, client_context(app), host) == site.peer.serial
+    others = {
+        identity(Role.SITE, "site-b"): "expected site 'site-a' of 'test'",
+        identity(Role.SUPERLINK, "superlink"): "expected site 'site-a' of 'test'",
+        stranger: "unable to get local issuer certificate|self-signed",
+    }
+    for other, reason in others.items():
+        with (
+            serving(other) as running,
+            pytest.raises(ssl.SSLCertVerificationError, match=reason),
+        ):
+            begun(running, client_context(app), host)
+
+
+@pytest.mark.parametrize("host", ["10.96.3.7", "lab-7-supernode.robots.svc"])
+def test_every_other_server_is_known_by_its_host_name_too(
+    identity: Callable[[Role, str], Identity], host: str
+) -> None:
+    site, enrolment = identity(Role.SITE, "site-a"), identity(Role.ENROLMENT, "enrolment")
+    contexts = {
+        identity(Role.SUPERLINK, "superlink"): [client_context(site)],
+        enrolment: [
+            client_context(site, enrolment_server("test")),
+            anonymous_context(enrolment.bundle(), "test"),
+        ],
+    }
+    for server, clients in contexts.items():
+        with serving(server, anonymous={}) as running:
+            for context in clients:
+                assert begun(running, context, "localhost") == server.peer.serial
+                with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+                    begun(running, context, host)
+
+
 def test_an_asyncio_client_checks_the_server_as_well(
     identity: Callable[[Role, str], Identity],
 ) -> None:
