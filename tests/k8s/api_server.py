@@ -10,7 +10,8 @@ It runs in the test (``serving``) or as a process of any Python without packages
   may do everything;
 - ``rbac.json``: the Roles, ClusterRoles and RoleBindings in force, a list of manifests;
 
-and written: ``objects.json``, every object there is, and ``requests.jsonl``, what was asked and how it ended.
+and written: ``objects.json``, every object there is, and ``requests.jsonl``, what was asked and how it ended, which
+``GET /log`` tells the admin, too.
 """
 
 import argparse
@@ -219,6 +220,8 @@ class ApiServer:
             user = self._read("tokens.json", {}).get(token)
             if user is None:
                 raise RefusedError(401, "Unauthorized", "Unauthorized")
+            if (method, parts.path, user) == ("GET", "/log", ADMIN):
+                return 200, {"items": self.log()}
             if match is None or method not in _VERBS:
                 raise RefusedError(
                     404, "NotFound", "the server could not find the requested resource"
@@ -234,8 +237,10 @@ class ApiServer:
             )
             self._authorize(asked)
             with self._lock:
+                before = dict(self._objects)
+                query = parse_qs(parts.query)
                 if verb == "list":
-                    selector = parse_qs(parts.query).get("labelSelector", [""])[0]
+                    selector = query.get("labelSelector", [""])[0]
                     done = 200, self._list(resource, namespace, selector)
                 elif verb == "create" and not name:
                     done = 201, self._create(resource, namespace, _manifest(body, resource))
@@ -251,7 +256,9 @@ class ApiServer:
                     raise RefusedError(
                         405, "MethodNotAllowed", "the server does not allow this method"
                     )
-                if method != "GET":
+                if query.get("dryRun") == ["All"]:
+                    self._objects = before
+                elif method != "GET":
                     self._save()
                 answer = done[0], copy.deepcopy(done[1])
         except RefusedError as refusal:

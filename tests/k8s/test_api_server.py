@@ -98,6 +98,14 @@ def test_pods(running: Running, worker: Any) -> None:
         worker.delete_namespaced_pod("task", NAMESPACE)
 
 
+def test_a_dry_run_keeps_nothing(running: Running, worker: Any) -> None:
+    made = worker.create_namespaced_pod(NAMESPACE, POD, dry_run="All")
+    assert made.metadata.name == "task"
+    assert worker.list_namespaced_pod(NAMESPACE).items == []
+    with refused(403):
+        worker.create_namespaced_pod("elsewhere", POD, dry_run="All")
+
+
 def test_what_is_not_granted_is_refused(running: Running, worker: Any) -> None:
     running.api.put_secret("other", NAMESPACE, {"a": b"b"})
     with refused(403) as error:
