@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LOCK := uv pip compile --quiet --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
   --generate-hashes --no-emit-index-url --no-annotate --no-header --no-strip-extras
 
-.PHONY: help setup demo data docs test lint images lock
+.PHONY: help setup demo data docs charts test lint images lock
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,9 +48,20 @@ demo: setup ## a whole federation on this machine: simulated data, two sites, on
 data: setup ## the demo's simulated SO-101 datasets, in data/demo
 	@$(BIN)/vlafleet data make data/demo --site site-a --site site-b
 
-docs: setup ## docs/metrics.md and the Grafana dashboards, from what the code declares
+docs: setup ## docs/metrics.md, the Grafana dashboards and the charts' READMEs, from what declares them
 	@$(BIN)/python -m docs.metrics_table
 	$(BIN)/python -m docker.grafana.build
+	$(BIN)/python -m k8s.readme
+
+charts: setup ## the Helm charts, linted with every example of values and packaged into dist/
+	@k8s/tools.sh .cache/kubernetes
+	helm=.cache/kubernetes/helm
+	for chart in superlink site; do
+	  for values in k8s/$$chart/ci/*-values.yaml; do
+	    $$helm lint --strict --quiet "k8s/$$chart" --values "$$values"
+	  done
+	  $$helm package "k8s/$$chart" --destination dist
+	done
 
 # sysmon, Python 3.12's own hooks, costs a few per cent where the tracer takes twice the time.
 test: setup ## every test; what needs Docker or OpenGL says so when it is missing
