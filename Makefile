@@ -55,13 +55,12 @@ docs: setup ## docs/metrics.md, the Grafana dashboards and the charts' READMEs, 
 
 charts: setup ## the Helm charts, linted with every example of values and packaged into dist/
 	@k8s/tools.sh .cache/kubernetes
-	helm=.cache/kubernetes/helm
-	for chart in superlink site; do
-	  for values in k8s/$$chart/ci/*-values.yaml; do
-	    $$helm lint --strict --quiet "k8s/$$chart" --values "$$values"
-	  done
-	  $$helm package "k8s/$$chart" --destination dist
+	# Says of every link that its target is packaged.
+	helm() { .cache/kubernetes/helm "$$@" 2> >(grep -v '^level=INFO' >&2); }
+	for values in k8s/*/ci/*-values.yaml; do
+	  helm lint --strict --quiet "$${values%/ci/*}" --values "$$values"
 	done
+	helm package k8s/superlink k8s/site --destination dist
 
 # sysmon, Python 3.12's own hooks, costs a few per cent where the tracer takes twice the time.
 test: setup ## every test; what needs Docker or OpenGL says so when it is missing

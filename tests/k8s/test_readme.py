@@ -107,6 +107,21 @@ def test_the_values_of_a_guide_are_a_charts(guide: str) -> None:
         assert render(FILES[file], values), text
 
 
+def test_links_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("k8s/*/README.md")]
+    lost = []
+    for page in pages:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and not (
+                target.exists() and (not anchor or anchor in _anchors(target))
+            ):
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert pages
+    assert lost == []
+
+
 def test_the_archives_of_the_charts_hold_what_their_links_point_to(tmp_path: Path) -> None:
     for chart in CHARTS:
         done = helm("package", f"k8s/{chart}", "--destination", str(tmp_path))
@@ -123,6 +138,13 @@ def test_the_archives_of_the_charts_hold_what_their_links_point_to(tmp_path: Pat
                     held = opened.extractfile(f"{chart}/{file.relative_to(directory)}")
                     assert held is not None
                     assert held.read() == file.read_bytes(), file
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return what a page's headings are linked by."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=FENCED)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _leaves(values: object, path: str = "") -> list[str]:
