@@ -31,49 +31,40 @@ capabilities:
 
 {{/* What all containers have in common: (list $ image). A failure is one sentence, which the pod's status then shows. */}}
 {{- define "site.container" -}}
-{{- $image := index . 1 -}}
 image: {{ include "site.image" . }}
-imagePullPolicy: {{ $image.pullPolicy }}
+imagePullPolicy: {{ (index . 1).pullPolicy }}
 securityContext:
   {{- include "site.containerSecurity" . | nindent 2 }}
 terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 
-{{/* Where a pod runs: (a component's values). */}}
+{{/* Where a pod runs, out of a component's values; nothing where they say nothing. */}}
 {{- define "site.scheduling" -}}
-{{- with .nodeSelector }}
-nodeSelector:
-  {{- toYaml . | nindent 2 }}
+{{- range $field := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" }}
+{{- with get $ $field }}
+{{ dict $field . | toYaml }}
 {{- end }}
-{{- with .tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .affinity }}
-affinity:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .topologySpreadConstraints }}
-topologySpreadConstraints:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .priorityClassName }}
-priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
+{{/* Pods that mount the app's volumes have to be on its node; what else draws them stays: (list $ affinity). */}}
+{{- define "site.affinityToApp" -}}
+{{- $affinity := deepCopy (index . 1) -}}
+{{- $pods := get $affinity "podAffinity" | default dict -}}
+{{- $required := get $pods "requiredDuringSchedulingIgnoredDuringExecution" | default list -}}
+{{- $labels := include "site.selector" (list (index . 0) "app") | fromYaml -}}
+{{- $term := dict "labelSelector" (dict "matchLabels" $labels) "topologyKey" "kubernetes.io/hostname" -}}
+{{- $_ := set $pods "requiredDuringSchedulingIgnoredDuringExecution" (append $required $term) -}}
+{{- $_ := set $affinity "podAffinity" $pods -}}
+{{ toYaml $affinity }}
+{{- end }}
+
 {{/*
-Whether the process does its work, asked with its own certificate. Often until the first success, rarely afterwards: a
-probe is a quarter of a CPU second. What it asks is another process, too, so an outage of that must restart nothing: the
-startup probe has 12 hours, and there is no liveness probe. Both processes end by themselves when their work ends.
+Whether the process does its work, asked with its own certificate. It asks after its contact with another process, so
+there is neither a startup nor a liveness probe: an outage of that one would restart this one. When its work ends, it
+ends by itself.
 */}}
-{{- define "site.probes" -}}
-startupProbe:
-  exec:
-    command: [vlafleet, health, --identity, {{ . }}]
-  periodSeconds: 5
-  timeoutSeconds: 10
-  failureThreshold: 8640
+{{- define "site.probe" -}}
 readinessProbe:
   exec:
     command: [vlafleet, health, --identity, {{ . }}]
@@ -88,8 +79,7 @@ readinessProbe:
   {{- include "site.container" . | nindent 2 }}
   args: [certs, take, /secret, /data/identity]
   env:
-    - name: VLAFLEET_LOG_FORMAT
-      value: {{ (index . 0).Values.logFormat }}
+    - {name: VLAFLEET_LOG_FORMAT, value: {{ (index . 0).Values.logFormat }}}
   resources:
     requests: {cpu: 50m, memory: 128Mi}
     limits: {memory: 256Mi, ephemeral-storage: 128Mi}
@@ -100,55 +90,15 @@ readinessProbe:
     - {name: home, mountPath: /home/vlafleet}
 {{- end }}
 
-{{/* The writable places that end with the pod: (list size-of-tmp size-of-home). */}}
-{{- define "site.scratch" -}}
-- name: tmp
-  emptyDir:
-    sizeLimit: {{ index . 0 }}
-- name: home
-  emptyDir:
-    sizeLimit: {{ index . 1 }}
+{{/* The volume that an identity is taken out of; a name. */}}
+{{- define "site.secretVolume" -}}
+- name: secret
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
 {{- end }}
 
-{{/* A claim of the chart's: (list $ component name namespace persistence). It stays when the release goes. */}}
-{{- define "site.claim" -}}
-{{- $root := index . 0 -}}
-{{- $persistence := index . 4 -}}
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata:
-  name: {{ index . 2 }}
-  namespace: {{ index . 3 }}
-  labels:
-    {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
-  annotations:
-    helm.sh/resource-policy: keep
-    {{- with $persistence.annotations }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
-spec:
-  accessModes: [ReadWriteOnce]
-  {{- with $persistence.storageClass }}
-  storageClassName: {{ . }}
-  {{- end }}
-  resources:
-    requests:
-      storage: {{ $persistence.size }}
-{{- end }}
-
-{{/* A component's service account, which no token is mounted of: (list $ component name namespace). */}}
-{{- define "site.serviceAccount" -}}
-apiVersion: v1
-kind: ServiceAccount
-metadata:
-  name: {{ index . 2 }}
-  namespace: {{ index . 3 }}
-  labels:
-    {{- include "site.labels" (list (index . 0) (index . 1)) | nindent 4 }}
-automountServiceAccountToken: false
-{{- end }}
-
-{{/* A token for the API server, as an admission controller would mount it, but in one container alone. */}}
+{{/* A token for the API server as Kubernetes would mount it, but into one container alone. */}}
 {{- define "site.tokenVolume" -}}
 - name: token
   projected:
@@ -160,4 +110,18 @@ automountServiceAccountToken: false
           items: [{key: ca.crt, path: ca.crt}]
       - downwardAPI:
           items: [{path: namespace, fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}]
+{{- end }}
+
+{{- define "site.tokenMount" -}}
+- {name: token, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
+{{- end }}
+
+{{/* The writable places that end with the pod: (list size-of-tmp size-of-home). */}}
+{{- define "site.scratch" -}}
+- name: tmp
+  emptyDir:
+    sizeLimit: {{ index . 0 }}
+- name: home
+  emptyDir:
+    sizeLimit: {{ index . 1 }}
 {{- end }}

@@ -5,27 +5,41 @@
 
 {{/* Where the app runs: beside the SuperNode, or in the executor's namespace. */}}
 {{- define "site.appNamespace" -}}
-{{- if eq .Values.app.executor.type "kubernetes" -}}
+{{- if include "site.podPerTask" . -}}
 {{- .Values.app.executor.namespace -}}
 {{- else -}}
 {{- .Release.Namespace -}}
 {{- end -}}
 {{- end }}
 
+{{/* Whether tasks run in pods of their own: a text, or none. */}}
+{{- define "site.podPerTask" -}}
+{{- if eq .Values.app.executor.type "kubernetes" }}yes{{ end -}}
+{{- end }}
+
 {{/* The labels that tell one component's pods from all others: (list $ "app"). They never change. */}}
 {{- define "site.selector" -}}
-{{- $root := index . 0 -}}
-app.kubernetes.io/name: vlafleet-site
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{ include "site.allPods" (index . 0) }}
 app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{/* The labels that tell the release's pods from all others. Task pods are labelled by Flower. */}}
+{{- define "site.allPods" -}}
+app.kubernetes.io/name: vlafleet-site
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{/* The labels that the Kubernetes executor's task pods are known by. */}}
+{{- define "site.taskPods" -}}
+app.kubernetes.io/component: taskexecutor
+vlafleet.dev/site: {{ include "site.fullname" . }}
 {{- end }}
 
 {{/* The labels of one component's pods: (list $ "app"). */}}
 {{- define "site.podLabels" -}}
-{{- $root := index . 0 -}}
 {{ include "site.selector" . }}
 app.kubernetes.io/part-of: vlafleet
-{{- with $root.Values.commonLabels }}
+{{- with (index . 0).Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
@@ -52,15 +66,6 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 {{- end }}
 
-{{/* What the site trains on, as its SuperNode tells the ClientApp. */}}
-{{- define "site.dataset" -}}
-/data{{ with .Values.dataset.episodes }}#episodes={{ . }}{{ end }}
-{{- end }}
-
-{{- define "site.device" -}}
-{{- if .Values.app.gpu.count }}cuda{{ else }}cpu{{ end -}}
-{{- end }}
-
 {{/* The Secrets with the site's identities: the SuperNode's, and the SuperExec's. */}}
 {{- define "site.identitySecret" -}}
 {{- .Values.identity.existingSecret | default (printf "%s-identity" (include "site.fullname" .)) -}}
@@ -70,15 +75,27 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- .Values.identity.superexecSecret | default (printf "%s-superexec" (include "site.fullname" .)) -}}
 {{- end }}
 
-{{/* The names of the volumes' claims. */}}
-{{- define "site.supernodeClaim" -}}
-{{- .Values.supernode.persistence.existingClaim | default (printf "%s-supernode" (include "site.fullname" .)) -}}
+{{/* A volume's claim: (list $ "state" .Values.app.persistence.state). */}}
+{{- define "site.claimName" -}}
+{{- $claim := index . 2 -}}
+{{- $claim.existingClaim | default (printf "%s-%s" (include "site.fullname" (index . 0)) (index . 1)) -}}
 {{- end }}
 
-{{- define "site.stateClaim" -}}
-{{- .Values.app.persistence.state.existingClaim | default (printf "%s-state" (include "site.fullname" .)) -}}
+{{/* The port of host:port. */}}
+{{- define "site.port" -}}
+{{- regexFind "[0-9]+$" . -}}
 {{- end }}
 
-{{- define "site.cacheClaim" -}}
-{{- .Values.app.persistence.cache.existingClaim | default (printf "%s-cache" (include "site.fullname" .)) -}}
+{{/* What the site trains on, as its SuperNode tells the ClientApp. */}}
+{{- define "site.dataset" -}}
+/data{{ with .Values.dataset.episodes }}#episodes={{ . }}{{ end }}
+{{- end }}
+
+{{- define "site.device" -}}
+{{- if .Values.app.gpu.count }}cuda{{ else }}cpu{{ end -}}
+{{- end }}
+
+{{/* Whether something has to be fetched from the hub: a text, or none. */}}
+{{- define "site.fetches" -}}
+{{- if or .Values.app.models .Values.dataset.hub }}yes{{ end -}}
 {{- end }}
