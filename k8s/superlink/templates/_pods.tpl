@@ -52,6 +52,8 @@ annotations:
 {{- $image := index . 1 -}}
 image: {{ include "superlink.image" . | quote }}
 imagePullPolicy: {{ $image.pullPolicy }}
+# The one sentence a process ends with is what "kubectl describe" shows.
+terminationMessagePolicy: FallbackToLogsOnError
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
