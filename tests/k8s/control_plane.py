@@ -1,14 +1,13 @@
 """The API server of the tests (``api_server.py``) in a container of its own, and what the test itself asks of it."""
 
 import base64
-import json
 import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from tests.k8s.api_server import ADMIN, ApiServer, Asked, certify, granted, service_account
 from tests.k8s.charts import Manifest
@@ -55,19 +54,31 @@ class ControlPlane:
             *("--certificate", f"{_STATE}/tls.crt", "--key", f"{_STATE}/tls.key"),
             *("--state", _STATE),
         )
-        self._url = f"https://localhost:{port}/api/v1/namespaces"
-        self._context = ssl.create_default_context(cafile=directory / "ca.crt")
+        context = ssl.create_default_context(cafile=directory / "ca.crt")
         # As kubeadm makes it, without the identifiers of RFC 5280.
-        self._context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        self._client = httpx.Client(
+            base_url=f"https://localhost:{port}/api/v1/namespaces/",
+            headers={"authorization": f"Bearer {self._admin}"},
+            verify=context,
+            trust_env=False,
+            timeout=30,
+        )
         deadline = time.monotonic() + 60
         while True:
             try:
-                self._ask("GET", "default/secrets")
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < deadline, engine.output("logs", str(self.pod))
+                self._client.get("default/secrets").raise_for_status()
+            except httpx.TransportError:
+                assert time.monotonic() < deadline, engine.output(
+                    "logs", engine.name(str(self.pod))
+                )
                 time.sleep(0.2)
             else:
                 break
+
+    def close(self) -> None:
+        """Let go of the connection; the container is removed by its label."""
+        self._client.close()
 
     @property
     def authority(self) -> str:
@@ -98,9 +109,13 @@ class ControlPlane:
         return ApiServer(self._state).objects("secrets", namespace)
 
     def put_secret(self, namespace: str, name: str, files: Mapping[str, bytes]) -> None:
-        """Make a Secret, as an operator with kubectl would."""
+        """Make or replace a Secret, as an operator with kubectl would."""
         data = {key: base64.b64encode(value).decode() for key, value in files.items()}
-        self._ask("POST", f"{namespace}/secrets", {"metadata": {"name": name}, "data": data})
+        body = {"metadata": {"name": name}, "data": data}
+        known = self.secret(namespace, name) is not None
+        path = f"{namespace}/secrets"
+        asked = ("PUT", f"{path}/{name}") if known else ("POST", path)
+        self._client.request(*asked, json=body).raise_for_status()
 
     def used(self) -> set[Asked]:
         """Return what service accounts asked for and were allowed; creates and lists name nothing."""
@@ -116,16 +131,6 @@ class ControlPlane:
     def refused(self) -> list[dict[str, Any]]:
         """Return what was asked in vain, for want of a right or of a token."""
         return [one for one in ApiServer(self._state).log() if one["code"] in {401, 403}]
-
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(
-            f"{self._url}/{path}",
-            method=method,
-            data=json.dumps(body).encode() if body else None,
-            headers={"authorization": f"Bearer {self._admin}"},
-        )
-        with urllib.request.urlopen(request, timeout=30, context=self._context) as answer:
-            return json.load(answer)
 
 
 def _pod() -> Pod:

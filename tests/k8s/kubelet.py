@@ -153,6 +153,10 @@ class Kubelet:
         link = self._wiring.links(asker).get(pod)
         return link.address(pod) if link else None
 
+    def links(self, pod: Pod) -> list[Link]:
+        """Return the networks of a pod, one for each pod that it may talk with."""
+        return list(self._wiring.links(pod).values())
+
     # What a pod is made of.
 
     def _begin(self, pod: Pod) -> None:
@@ -261,9 +265,9 @@ class Kubelet:
         for other, link in links.items():
             if other in self._running and link.network not in self._running[other]:
                 address, names = link.endpoint(other)
-                aliases = [option for name in names for option in ("--alias", name)]
+                named = [option for name in names for option in ("--alias", name)]
                 self._engine(
-                    *("network", "connect", "--ip", address, *aliases),
+                    *("network", "connect", "--ip", address, *named),
                     *(link.network, self._pause(other)),
                 )
                 self._running[other].add(link.network)

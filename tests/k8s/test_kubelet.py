@@ -74,8 +74,8 @@ def test_volumes_hold_what_their_sources_say() -> None:
     }
     with pytest.raises(MissingError, match="Secret away"):
         files({"secret": {"secretName": "away"}}, found, "", {})
+    wanted = [{"key": "tls.crt", "path": "tls.crt"}]
     with pytest.raises(MissingError, match=r"\['tls.crt'\] of Secret there"):
-        wanted = [{"key": "tls.crt", "path": "tls.crt"}]
         files({"secret": {"secretName": "there", "items": wanted}}, found, "", {})
 
 
@@ -150,8 +150,8 @@ sed -n 's/CapEff:\\t//p' /proc/self/status
 def kubelet(engine: None, tmp_path: Path) -> Iterator[tuple[Kubelet, Engine]]:
     own = Engine(f"vlafleet-kubelet-{os.getpid()}")
     wiring = Wiring(own, own.free_block())
-    api = Pod(Cluster("none", "192.0.2.53"), "api", "default", {}, {"containers": []})
-    api.ports["https"] = 6443
+    serving = {"name": "api", "ports": [{"containerPort": 6443}]}
+    api = Pod(Cluster("none", "192.0.2.53"), "api", "default", {}, {"containers": [serving]})
 
     def secret(_: str, name: str) -> dict[str, bytes] | None:
         return found("Secret", name)
@@ -189,7 +189,7 @@ def test_a_pod_is_as_kubernetes_would_have_it(
     # The kubelet makes a subPath that is missing.
     sub = {"name": "claim", "mountPath": "/sub", "subPath": "sub"}
     first = {**look, "name": "first", "command": ["true"], "volumeMounts": [sub]}
-    spec = {
+    spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "dnsPolicy": "None",
         "securityContext": {"runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10002},

@@ -84,7 +84,7 @@ class Pod:
             "metadata.uid": str(uuid.uuid4()),
         }
 
-    @cached_property
+    @property
     def ports(self) -> dict[str, int]:
         """The ports that its containers open, by name."""
         return {
