@@ -16,11 +16,18 @@ def superexec(
     identity: IdentityOption,
     address: Annotated[str, typer.Option(help="The Runtime API, host:port.")],
     enrolment: EnrolmentOption = None,
+    kubernetes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Run each ClientApp as a pod, by Flower's Kubernetes executor with this file.",
+        ),
+    ] = None,
 ) -> None:
     """Run a SuperExec: it starts the ServerApp (at the SuperLink) or the ClientApp (at a site)."""
     from app.superexec import serve
 
-    serve(Identity.load(identity, Role.SUPEREXEC), address, enrolment)
+    serve(Identity.load(identity, Role.SUPEREXEC), address, enrolment, kubernetes)
 
 
 def exporter(

@@ -1,7 +1,8 @@
 """The ClientApp: hands each message to the site's resident trainer, and its answer back.
 
 Flower starts a process for each message, so this module imports neither torch nor lerobot. Where no
-trainer runs the process does the work itself: in the simulation, whose processes serve many messages.
+trainer runs the process does the work itself: in the simulation, whose processes serve many messages,
+and in a pod of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ def _submit(job: Job) -> Answer:
             told = {**answer.metrics[METRICS], "trainer_restarts": times}
             return replace(answer, metrics={**answer.metrics, METRICS: told})
         return answer
-    return _worker().handle(job, _unwatched)
+    answer = _worker().handle(job, _unwatched)
+    # This process may end with its message, as a pod does, and another may have this site next.
+    _worker().settle()
+    return answer
 
 
 @functools.cache

@@ -275,14 +275,18 @@ class Resident:
             self._state[1].refresh()
         return self._state[1]
 
+    def settle(self) -> None:
+        """Finish what is being written. Raises StorageError."""
+        if self._state:
+            self._state[1].settle()
+
     def close(self) -> None:
         """Finish what is being written, and give everything back."""
         self._unload()
         self._base = None
         self._sites.clear()
-        if self._state:
-            self._state[1].settle()
-            self._state = None
+        self.settle()
+        self._state = None
 
     def _unload(self) -> None:
         """Drop the policy, and what was computed with it."""

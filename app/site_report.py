@@ -96,18 +96,21 @@ class Source(threading.Thread):
 
 
 class Reporter(threading.Thread):
-    """Reports every few seconds until the process ends."""
+    """Reports every few seconds until the process ends; of a ``trainer`` (its socket) where there is one."""
 
-    def __init__(self, identity: Identity, address: str, trainer: Path) -> None:
+    def __init__(self, identity: Identity, address: str, trainer: Path | None) -> None:
         super().__init__(name="report", daemon=True)
         self._identity, self._url = identity, f"https://{address}{REPORT_PATH}"
-        self._socket, self._over = trainer, threading.Event()
-        self._trainer = Source("trainer", lambda: await_metrics(trainer), self._over)
+        self._over = threading.Event()
         self._sources = [
-            self._trainer,
             Source("gpu", lambda: _text(_Gpus()), self._over),
             Source("process", lambda: _text(*_process(identity)), self._over),
         ]
+        self._trainer: tuple[Path, Source] | None = None
+        if trainer is not None:
+            source = Source("trainer", lambda: await_metrics(trainer), self._over)
+            self._trainer = trainer, source
+            self._sources.append(source)
         self._trouble = _Trouble(f"the SuperNode at {address} does not take the site's report")
 
     def run(self) -> None:
@@ -128,8 +131,10 @@ class Reporter(threading.Thread):
     def text(self) -> str:
         """Return what there is to report now."""
         found = [text for source in self._sources if (text := source.text()) is not None]
-        up = _Trainer(up=self._trainer.text() is not None, restarts=restarts(self._socket))
-        return "".join([_text(up), *found])
+        if self._trainer is not None:
+            path, source = self._trainer
+            found.insert(0, _text(_Trainer(up=source.text() is not None, restarts=restarts(path))))
+        return "".join(found)
 
     def _send(self, client: httpx.Client) -> str:
         """Send a report; return what went wrong, empty when nothing did."""

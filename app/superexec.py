@@ -3,7 +3,7 @@
 Flower starts a fresh process for every ServerApp and ClientApp task. Each presents the SuperExec's certificate, refuses
 a bundle that carries code, and dies with its SuperExec: a ClientApp that ends gracefully in mid-task leaves its
 SuperNode waiting for a reply for ever (measured on Flower 1.41). A site's SuperExec keeps a trainer beside them, which
-stays from message to message.
+stays from message to message. In Kubernetes a ClientApp may be a pod of its own instead, which does the work itself.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from app.supervisor import SOCKET, supervised
 from certs import logs
 from certs.contact import recorder
-from certs.errors import FleetError
+from certs.errors import ConfigError, FleetError
 from certs.flower import (
     CLIENTAPP_TASK,
     SERVERAPP_TASK,
@@ -44,11 +44,14 @@ RUNTIME = "VLAFLEET_RUNTIME"
 SERVERAPP_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
-def serve(identity: Identity, address: str, enrolment: str | None) -> None:
+def serve(
+    identity: Identity, address: str, enrolment: str | None, kubernetes: Path | None = None
+) -> None:
     """Run SuperExec against a Runtime API (``host:port``) until SIGTERM or SIGINT.
 
     A site's SuperExec renews its certificate through its SuperNode, the SuperLink's at ``enrolment``. Its tasks use
-    the same files, and so the renewed ones.
+    the same files, and so the renewed ones. With ``kubernetes``, a file for Flower's executor (``app.task_pods``), a
+    site's ClientApps are pods of their own, and there is no trainer.
     """
     os.environ[IDENTITY] = str(identity.directory.absolute())
     _bind(identity)
@@ -57,10 +60,21 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
     scripts = Path(sysconfig.get_path("scripts"))
     kinds = ("serverapp", "clientapp", "simulation")
     install_commands(*(str(scripts / f"vlafleet-{kind}") for kind in kinds))
+    from flwr.supercore.constant import ExecutorType
     from flwr.supercore.superexec.run_superexec import run_superexec
     from flwr.supercore.utils import disable_process_dumping
 
     disable_process_dumping(strict=False)  # as flower-superexec does: its memory holds task tokens
+    executor, config = ExecutorType.SUBPROCESS, None
+    if kubernetes is not None:
+        if identity.peer.name == SUPERLINK_NAME:
+            raise ConfigError(
+                "--kubernetes is for a site's SuperExec: the SuperLink's starts its ServerApps itself."
+            )
+        from app.task_pods import numeric, prepare
+
+        address = numeric(address)
+        executor, config = ExecutorType.KUBERNETES, prepare(kubernetes, address, identity.authority)
 
     with contextlib.ExitStack() as stack:
         if identity.peer.name == SUPERLINK_NAME:
@@ -69,9 +83,11 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
         else:
             from app.site_report import Reporter
 
-            # ClientApps inherit where it listens. It has no use for the identity.
-            trainer = stack.enter_context(supervised(without=IDENTITY))
-            os.environ[SOCKET] = str(trainer)
+            trainer = None
+            if kubernetes is None:
+                # ClientApps inherit where it listens. It has no use for the identity.
+                trainer = stack.enter_context(supervised(without=IDENTITY))
+                os.environ[SOCKET] = str(trainer)
             follow(identity, address)
             Reporter(identity, address, trainer).start()
         _log.info("SuperExec %s polls %s", identity.peer.name, address)
@@ -80,6 +96,8 @@ def serve(identity: Identity, address: str, enrolment: str | None) -> None:
             insecure=False,
             root_certificates_path=str(identity.authority),
             runtime_dependency_install=False,
+            executor_type=executor,
+            executor_config=config,
         )
 
 
@@ -113,7 +131,12 @@ def simulation() -> None:
 
 
 def _prepare_task() -> None:
-    end_with_parent(signal.SIGKILL)
+    # In a pod of its own the parent is the container's runtime, outside of the pod's process numbers: one of its
+    # threads may end at any time, and the image's stop signal is SIGKILL.
+    if os.getppid():
+        end_with_parent(signal.SIGKILL)
+    # A SuperExec's children inherit these settings, a pod does not.
+    quiet()
     try:
         logs.configure()
         identity = Identity.load(Path(os.environ[IDENTITY]), Role.SUPEREXEC)

@@ -53,14 +53,14 @@ class Worker:
             if job.kind == "describe":
                 return self._describe(job, progress)
             work = self._begin(job, progress)
-            answer = self._train(work) if job.kind == "train" else self._evaluate(work)
-            if simulation.is_simulated(job.node):
-                # Another process may have this site next.
-                work.state.settle()
-            return answer
+            return self._train(work) if job.kind == "train" else self._evaluate(work)
         except _NotHeldError as error:
             _log.info("%s: %s; asking for the whole model", job.kind, error)
             return WANT_FULL
+
+    def settle(self) -> None:
+        """Wait until what the last job leaves for the next one is on disk; ``StorageError`` when it cannot be."""
+        self._resident.settle()
 
     def close(self) -> None:
         """Finish what is being written, and give all memory back."""

@@ -93,12 +93,13 @@ def check_client_hook(client: type) -> None:
 def install_commands(serverapp: str, clientapp: str, simulation: str) -> None:
     """Make SuperExec start these programs for a ServerApp, a ClientApp and a simulation task.
 
-    Hook: the table ``flwr.supercore.constant.TASK_TYPE_TO_COMMAND``, read by ``SubprocessExecutor.launch``.
+    Hook: the table ``flwr.supercore.constant.TASK_TYPE_TO_COMMAND``, read by ``SubprocessExecutor.launch``, and by
+    ``KubernetesExecutor.launch`` for the command of a task's pod.
     """
     from flwr.supercore import constant
-    from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.supercore.superexec.executor import kubernetes_executor, subprocess_executor
 
-    check_command_hook(constant, subprocess_executor)
+    check_command_hook(constant, subprocess_executor, kubernetes_executor)
     constant.TASK_TYPE_TO_COMMAND.update(
         {
             constant.TaskType.SERVER_APP: serverapp,
@@ -108,20 +109,42 @@ def install_commands(serverapp: str, clientapp: str, simulation: str) -> None:
     )
 
 
-def check_command_hook(constant: Any, subprocess_executor: Any) -> None:
-    """Raise ``HookError`` unless the executor still reads the table of task commands."""
+def check_command_hook(constant: Any, *executors: Any) -> None:
+    """Raise ``HookError`` unless the executors' modules still read the table of task commands."""
     table: Any = getattr(constant, "TASK_TYPE_TO_COMMAND", None)
-    used: Any = getattr(subprocess_executor, "TASK_TYPE_TO_COMMAND", None)
     types: Any = getattr(constant, "TaskType", None)
     wanted = [getattr(types, name, None) for name in ("SERVER_APP", "CLIENT_APP", "SIMULATION")]
+    used = [getattr(executor, "TASK_TYPE_TO_COMMAND", None) for executor in executors]
     if (
         not isinstance(table, dict)
-        or table is not used
+        or any(found is not table for found in used)
         or any(task not in table for task in wanted)
     ):
         raise HookError(
-            "the hook TASK_TYPE_TO_COMMAND is gone from Flower's SubprocessExecutor: "
+            "the hook TASK_TYPE_TO_COMMAND is gone from Flower's executors: "
             "SuperExec would start tasks without a certificate"
+        )
+
+
+def install_cluster_client(client: Any) -> None:
+    """Let Flower's Kubernetes executor make its requests through ``client``, a ``KubernetesClient`` of Flower's.
+
+    Hook: ``create_incluster_kubernetes_clients`` in ``flwr.supercore.superexec.executor.factory``, called by
+    ``get_executor``.
+    """
+    factory: Any = importlib.import_module("flwr.supercore.superexec.executor.factory")
+    check_cluster_hook(factory)
+    factory.create_incluster_kubernetes_clients = lambda: (client, client)
+
+
+def check_cluster_hook(factory: Any) -> None:
+    """Raise ``HookError`` unless Flower's factory still makes the executor with that function's clients."""
+    name = "create_incluster_kubernetes_clients"
+    code = getattr(getattr(factory, "get_executor", None), "__code__", None)
+    if not hasattr(factory, name) or name not in getattr(code, "co_names", ()):
+        raise HookError(
+            f"the hook {name} is gone from Flower's get_executor: "
+            "task pods would belong to nobody and be open to what their pod-spec closes"
         )
 
 

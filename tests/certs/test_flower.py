@@ -19,6 +19,7 @@ from certs.flower import (
     check_bundle_hook,
     check_chunk_hook,
     check_client_hook,
+    check_cluster_hook,
     check_command_hook,
     check_concurrency_hook,
     install_bundle_check,
@@ -107,9 +108,9 @@ def test_clients_present_the_certificate_that_the_files_hold_now(
 
 def test_command_hook_holds() -> None:
     from flwr.supercore import constant
-    from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.supercore.superexec.executor import kubernetes_executor, subprocess_executor
 
-    check_command_hook(constant, subprocess_executor)
+    check_command_hook(constant, subprocess_executor, kubernetes_executor)
 
 
 @pytest.mark.parametrize("change", ["gone", "copied", "renamed"])
@@ -117,8 +118,9 @@ def test_command_hook_names_itself(change: str) -> None:
     types_ = types.SimpleNamespace(SERVER_APP="s", CLIENT_APP="c", SIMULATION="m")
     table = {"s": "flwr-serverapp", "c": "flwr-clientapp", "m": "flwr-simulation"}
     constant = types.SimpleNamespace(TaskType=types_, TASK_TYPE_TO_COMMAND=table)
+    subprocess = types.SimpleNamespace(TASK_TYPE_TO_COMMAND=table)
     executor = types.SimpleNamespace(TASK_TYPE_TO_COMMAND=table)
-    check_command_hook(constant, executor)
+    check_command_hook(constant, subprocess, executor)
     if change == "gone":
         del constant.TASK_TYPE_TO_COMMAND
     elif change == "copied":
@@ -126,7 +128,36 @@ def test_command_hook_names_itself(change: str) -> None:
     else:
         del table["c"]
     with pytest.raises(HookError, match="the hook TASK_TYPE_TO_COMMAND is gone"):
-        check_command_hook(constant, executor)
+        check_command_hook(constant, subprocess, executor)
+
+
+def test_cluster_hook_holds() -> None:
+    """Flower's executor gets its client from the factory, and asks it for what ``Cluster`` offers and no more."""
+    from flwr.supercore.superexec.executor import factory, kubernetes_executor
+
+    from app.task_pods import Cluster
+
+    check_cluster_hook(factory)
+    asked = {name for name in vars(kubernetes_executor.KubernetesClient) if name[0] != "_"}
+    # Of warm pods, which no ClientApp is given.
+    assert asked - set(vars(Cluster)) == {"patch_namespaced_pod", "connect_get_namespaced_pod_exec"}
+
+
+@pytest.mark.parametrize("change", ["gone", "not called"])
+def test_cluster_hook_names_itself(change: str) -> None:
+    def get_executor() -> object:
+        return factory.create_incluster_kubernetes_clients()
+
+    factory = types.SimpleNamespace(
+        create_incluster_kubernetes_clients=lambda: None, get_executor=get_executor
+    )
+    check_cluster_hook(factory)
+    if change == "gone":
+        del factory.create_incluster_kubernetes_clients
+    else:
+        factory.get_executor = lambda: None
+    with pytest.raises(HookError, match="hook create_incluster_kubernetes_clients is gone"):
+        check_cluster_hook(factory)
 
 
 def test_bundle_hook_holds() -> None:
@@ -339,6 +370,8 @@ def test_superexec_composition_holds() -> None:
         "insecure",
         "root_certificates_path",
         "runtime_dependency_install",
+        "executor_type",
+        "executor_config",
     }
     assert used <= set(inspect.signature(run_superexec).parameters), (
         "the hook run_superexec changed: app/superexec.py cannot start it"
