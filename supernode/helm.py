@@ -1,11 +1,12 @@
 """A site on Kubernetes: the values of the chart ``k8s/site``, and what its operator runs. Nothing is started here."""
 
 import json
+import re
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from certs.errors import ConfigError
 from certs.files import write_atomic
 from supernode.site import Site
 
@@ -13,34 +14,37 @@ CHART: Final = "k8s/site"
 # What each identity consists of; the keys of its Secret.
 _SUPEREXEC: Final = ("tls.key", "tls.crt", "ca.crt")
 _IDENTITY: Final = (*_SUPEREXEC, "node.key", "node.pub")
+# The longest name that Helm takes for a release.
+_LONGEST: Final = 53
 
 
 def write(site: Site) -> Path:
-    """Write the chart's ``values.yaml`` for the site; return its path."""
+    """Write the chart's ``values.yaml`` for the site; return its path.
+
+    Raises ``ConfigError`` for a part of the dataset that the chart cannot name.
+    """
     path = site.directory / "values.yaml"
-    cpu = site.device == "cpu"
-    location, mark, part = site.dataset.partition("#")
-    hub = location.startswith("hf:")
-    values = {
-        "release": _release(site),
+    release = _release(site)
+    location, _, part = site.dataset.partition("#")
+    hub = location.removeprefix("hf:") if location.startswith("hf:") else ""
+    names = {
         "site": site.name,
         "federation": site.federation,
         "superlink": site.superlink,
         "enrolment": site.enrolment,
-        "version": version("vlafleet"),
-        "identity": f"{_release(site)}-identity",
-        "superexec": f"{_release(site)}-superexec",
-        "dataset": site.dataset if hub else f"/data{mark}{part}",
-        "claim": "" if hub else f"{_release(site)}-data",
+        "identity": f"{release}-identity",
+        "superexec": f"{release}-superexec",
+        "claim": "" if hub else f"{release}-data",
+        "hub": hub,
+        "episodes": _episodes(site, part),
         # In a pod a GPU is the first one, whichever it is in the node.
-        "device": site.device.partition(":")[0],
-        "gpus": 0 if cpu else 1,
-        "cores": 2 if cpu else 4,
-        "memory": "6Gi" if cpu else "24Gi",
+        "gpus": 0 if site.device == "cpu" else 1,
+        "cores": "2" if site.device == "cpu" else "4",
+        "memory": "6Gi" if site.device == "cpu" else "24Gi",
     }
     # What is JSON is YAML, too.
-    text = _VALUES.format(**{name: json.dumps(value) for name, value in values.items()})
-    write_atomic(path, text.encode())
+    values = {name: json.dumps(value) for name, value in names.items()}
+    write_atomic(path, _VALUES.format(release=release, chart=CHART, **values).encode())
     return path
 
 
@@ -53,12 +57,21 @@ def next_steps(site: Site) -> list[str]:
     return [
         _secret(f"{release}-identity", site.identity, _IDENTITY),
         _secret(f"{release}-superexec", site.superexec, _SUPEREXEC),
-        f"helm upgrade --install {release} {CHART} --values {values} --wait",
+        f"helm upgrade --install {release} {CHART} --values {values}",
     ]
 
 
 def _release(site: Site) -> str:
-    return f"vlafleet-{site.name}"
+    return f"vlafleet-{site.name}"[:_LONGEST].rstrip("-")
+
+
+def _episodes(site: Site, part: str) -> str:
+    match = re.fullmatch(r"(?:episodes=([0-9]+:[0-9]+))?", part)
+    if match is None:
+        raise ConfigError(
+            f"{site.dataset}: on Kubernetes a site trains on a whole dataset or on #episodes=A:B of it"
+        )
+    return match[1] or ""
 
 
 def _secret(name: str, directory: Path, files: tuple[str, ...]) -> str:
@@ -68,56 +81,38 @@ def _secret(name: str, directory: Path, files: tuple[str, ...]) -> str:
 
 
 _VALUES: Final = """\
-# Values of the chart k8s/site, written by 'vlafleet site join --helm'.
-#   helm upgrade --install {release} k8s/site --values values.yaml
+# Values of the chart k8s/site, written by 'vlafleet site join --helm', which writes them again: keep changes of your
+# own in a second file. The chart's values.yaml describes every value.
+#   helm upgrade --install {release} {chart} --values values.yaml --values mine.yaml
 
-# The site's name in the federation. Its certificates bear it: to change it, join again under the other name.
+# The site's certificates bear both names: to change one, join again.
 site: {site}
 federation: {federation}
 
-# Where the federation answers, host:port. The SuperNode's pod must get out to both and to nothing else; the app's pod
-# gets out to its SuperNode alone.
+# Where the federation answers. The SuperNode's pod gets out to both and to nothing else; the app's pod gets out to its
+# SuperNode alone.
 superlink: {superlink}
 enrolment: {enrolment}
 
-image:
-  # Registry and path before the images' names, with the slash. Empty where the nodes have the images already.
-  registry: ""
-  # All the images of one site have the same version.
-  tag: {version}
+# The Secrets with the site's identities, made before the chart is installed. Certificates renew themselves on volumes
+# that are filled from the Secrets; a Secret made anew after another invitation is taken again.
+identity:
+  existingSecret: {identity}
+  superexecSecret: {superexec}
 
-# The Secrets with the site's identities, made before the chart is installed. Certificates renew themselves on a volume
-# that is filled from the Secret at the first start; a Secret made anew after another invitation is taken again.
-secrets:
-  # The SuperNode's. Not mounted into the app's pod.
-  identity: {identity}
-  # The SuperExec's.
-  superexec: {superexec}
-
+# A claim with the recordings has to exist. For a directory of the node, let existingClaim be empty, name the directory
+# as hostPath, and the node in app.nodeSelector.
 dataset:
-  # As the app sees it: /data is where the claim is mounted, read-only. An hf: dataset is fetched from the hub once.
-  uri: {dataset}
-  # The PersistentVolumeClaim that holds the recordings. Has to exist; leave it empty for an hf: dataset.
   existingClaim: {claim}
+  hub: {hub}
+  episodes: {episodes}
 
-# What the site's ClientApp trains on: cpu or cuda. With cuda the app asks for the GPUs below.
-device: {device}
-gpus: {gpus}
-
-# What is kept from round to round (the last model, AdamW's moments), and what can be made again (the cache of frames).
-# A site that loses the first starts its next round from a full model.
-persistence:
-  storageClass: ""
-  state: 10Gi
-  cache: 50Gi
-
-resources:
-  supernode:
-    requests: {{cpu: 100m, memory: 512Mi}}
-    # A round's message of 400 MB takes 1.2 GB.
-    limits: {{memory: 2Gi}}
-  app:
+# A run of another model than the tiny one needs it fetched: models: [lerobot/smolvla_base].
+app:
+  gpu:
+    count: {gpus}
+  # The trainer measures what is free of its memory before it keeps a cache there.
+  resources:
     requests: {{cpu: {cores}, memory: {memory}}}
-    # The trainer measures what is free of it before it keeps a cache in memory.
     limits: {{memory: {memory}}}
 """
