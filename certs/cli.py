@@ -139,6 +139,92 @@ def renew(
     typer.echo(f"renewed: {renewed.peer.uri} until {renewed.not_after:%Y-%m-%d %H:%M} UTC")
 
 
+@cli.command()
+def take(
+    source: Annotated[
+        Path, typer.Argument(help="Where the identity comes from: a mounted Secret.")
+    ],
+    identity: Annotated[Path, typer.Argument(help="The identity directory; made where it is not.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="What the certificate has to be good for; may be repeated."),
+    ] = None,
+) -> None:
+    """Take an identity out of a mounted Secret, unless the one that is there is as new; then it is renewed there."""
+    from certs.take import take as run_take
+
+    outcome = run_take(source, identity, host or [])
+    loaded = Identity.load(identity, *Role)
+    typer.echo(f"{outcome}: {loaded.peer.uri} until {loaded.not_after:%Y-%m-%d %H:%M} UTC")
+
+
+@cli.command()
+def store(
+    identity: Annotated[Path, typer.Argument(help="The identity directory.")],
+    secret: Annotated[str, typer.Argument(help="The Secret's name.")],
+    namespace: Annotated[
+        str | None, typer.Option(help="The Secret's namespace; by default this pod's.")
+    ] = None,
+) -> None:
+    """Store an identity as a Secret of the cluster that this pod runs in, unless the Secret's is as new."""
+    from certs.cluster import Cluster
+    from certs.cluster_pki import store_directory
+
+    outcome = store_directory(Cluster.here(), identity, secret, namespace)
+    typer.echo(f"{outcome}: Secret {secret}")
+
+
+@cli.command()
+def cluster(
+    pki: Pki,
+    federation: Annotated[str, typer.Option(help="The federation's name, a DNS label.")],
+    secret: Annotated[
+        list[str],
+        typer.Option(metavar="ROLE/NAME=SECRET", help="A holder and its Secret; may be repeated."),
+    ],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=HOST", help="A name a server is reached at; may be repeated."),
+    ] = None,
+) -> None:
+    """Make a federation's authority and identities here, and Secrets of them in the cluster; keep what is good."""
+    from certs.cluster import Cluster
+    from certs.cluster_pki import ensure
+
+    hosts: dict[Role, list[str]] = {}
+    for given in host or []:
+        role, name = _pair(given, "ROLE=HOST", "--host")
+        hosts.setdefault(_role(role, "--host"), []).append(name)
+    secrets: dict[tuple[Role, str], str] = {}
+    for given in secret:
+        holder, name = _pair(given, "ROLE/NAME=SECRET", "--secret")
+        role, mark, holder_name = holder.partition("/")
+        if not mark:
+            raise typer.BadParameter(f"{given!r} is not ROLE/NAME=SECRET", param_hint="--secret")
+        key = _role(role, "--secret"), holder_name
+        if key in secrets:
+            raise typer.BadParameter(f"{holder} has two Secrets", param_hint="--secret")
+        secrets[key] = name
+    for outcome, what in ensure(Cluster.here(), pki, federation, hosts, secrets):
+        typer.echo(f"{outcome}: {what}")
+
+
+def _pair(text: str, form: str, option: str) -> tuple[str, str]:
+    left, _, right = text.partition("=")
+    if not left or not right:
+        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
+    return left, right
+
+
+def _role(text: str, option: str) -> Role:
+    try:
+        return Role(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a role: {', '.join(Role)}", param_hint=option
+        ) from None
+
+
 @cli.command("list")
 def list_(pki: Pki) -> None:
     """Show what was issued, and sign the revocation list anew."""

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -130,15 +130,16 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class _Files:
-    """What the files of an identity say, PEM."""
+class IdentityFiles:
+    """What the files of an identity say, PEM; ``directory`` is where they were read, for sentences."""
 
     directory: Path
-    key: bytes
+    key: bytes = field(repr=False)
     certificate: bytes
     authority: bytes
 
     def authorities(self) -> list[x509.Certificate]:
+        """Return the authorities that the identity trusts."""
         return parse_certificates(
             self.authority, self.directory / "ca.crt", "authority certificate"
         )
@@ -180,9 +181,9 @@ def store_identity(
     Whoever reads meanwhile gets the one or the other. Raises ``CertificateError`` when the three do not fit together,
     or cannot be written.
     """
-    given = _Files(directory, pem_key(key), certificate_pem.encode(), authority_pem.encode())
+    given = IdentityFiles(directory, pem_key(key), certificate_pem.encode(), authority_pem.encode())
     # Encoded again: nothing but what was checked is stored.
-    new = _Files(
+    new = IdentityFiles(
         directory,
         given.key,
         pem_certificate(given.check()),
@@ -197,7 +198,7 @@ def store_identity(
         _apply(new)
 
 
-def _apply(new: _Files) -> None:
+def _apply(new: IdentityFiles) -> None:
     """Put the files of the redo record in place."""
     write_atomic(new.directory / "ca.crt", new.authority)
     write_atomic(new.directory / "tls.key", new.key, private=True)
@@ -214,7 +215,18 @@ def _finish(directory: Path, flags: int = 0) -> None:
             _apply(recorded)
 
 
-def _recorded(directory: Path) -> _Files | None:
+def read_identity(directory: Path, *, private: bool = True) -> IdentityFiles | None:
+    """Return what a directory's files say, all of one renewal; None where there is no certificate.
+
+    Raises ``CertificateError`` when they do not belong together; and when every user may read the key, unless
+    ``private`` is false: what is mounted has the modes that its mount gives it.
+    """
+    if not (directory / _RECORD).exists() and not (directory / "tls.crt").exists():
+        return None
+    return _settled(directory, private=private)
+
+
+def _recorded(directory: Path) -> IdentityFiles | None:
     """Return what a replacement under way, or an interrupted one, puts in place."""
     path = directory / _RECORD
     try:
@@ -226,15 +238,16 @@ def _recorded(directory: Path) -> _Files | None:
     blocks = re.findall(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\n", data, re.DOTALL)
     if len(blocks) < 3:
         raise CertificateError(f"{path} is damaged; remove it, and issue the identity again")
-    return _Files(directory, blocks[0], blocks[1], b"".join(blocks[2:]))
+    return IdentityFiles(directory, blocks[0], blocks[1], b"".join(blocks[2:]))
 
 
-def _read(directory: Path) -> _Files:
+def _read(directory: Path, *, private: bool = True) -> IdentityFiles:
     recorded = _recorded(directory)
     if recorded is None:
-        return _Files(
+        key = directory / "tls.key"
+        return IdentityFiles(
             directory,
-            read_private(directory / "tls.key"),
+            read_private(key) if private else read(key, "private key"),
             read(directory / "tls.crt", "certificate"),
             read(directory / "ca.crt", "authority certificate"),
         )
@@ -246,11 +259,11 @@ def _read(directory: Path) -> _Files:
     return recorded
 
 
-def _settled(directory: Path) -> _Files:
+def _settled(directory: Path, *, private: bool = True) -> IdentityFiles:
     """Return files that fit together; raise ``CertificateError`` when they do not even after a while."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
-        files = _read(directory)
+        files = _read(directory, private=private)
         try:
             files.check()
         except _MismatchError:
@@ -361,16 +374,20 @@ def publish_crl(pki: Path, authority: Authority) -> None:
             write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
 
 
-def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
+def hosts_of(certificate: x509.Certificate) -> set[str]:
+    """Return the DNS names and IP addresses that a certificate is good for."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    held = {
+    return {
         *names.get_values_for_type(x509.DNSName),
         *map(str, names.get_values_for_type(x509.IPAddress)),
     }
+
+
+def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
     return (
         authority.is_current(certificate)
         and datetime.now(UTC) < renew_at(certificate)
-        and held >= set(hosts)
+        and hosts_of(certificate) >= set(hosts)
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Revocations:
         with self._lock:
             # What lies in the file counts, too: another process may have written it a moment ago.
             self._follow()
-            if _number(new) <= _number(self._list):
+            if list_number(new) <= list_number(self._list):
                 return False
             # A full disk must not keep a holder in.
             self._serials = _serials(new)
@@ -80,7 +81,7 @@ class Revocations:
         except CertificateError as error:
             _log.error("the last good revocation list stays in force: %s", error)
             return
-        if _number(new) < _number(self._list):
+        if list_number(new) < list_number(self._list):
             _log.error("%s is older than the revocation list in force; not taken", self._path)
             return
         self._list, self._serials = new, _serials(new)
@@ -97,17 +98,9 @@ class Revocations:
 
     def _verified(self, data: bytes, what: str) -> x509.CertificateRevocationList:
         """Read a list; raise ``CertificateError`` unless an authority of this federation signed it."""
-        try:
-            crl = x509.load_pem_x509_crl(data)
-            numbered = any(isinstance(one.value, x509.CRLNumber) for one in crl.extensions)
-        except ValueError as error:
-            raise CertificateError(f"{what} is not a PEM revocation list") from error
-        authorities = load_certificates(self._authority, "authority certificate")
-        if not any(_is_signed_by(crl, authority) for authority in authorities):
-            raise CertificateError(f"{what} was not signed by this federation's authority")
-        if not numbered:
-            raise CertificateError(f"{what} has no CRL number; it is not this authority's")
-        return crl
+        return verified_list(
+            data, load_certificates(self._authority, "authority certificate"), what
+        )
 
     def _warn_when_stale(self) -> None:
         end = self._list.next_update_utc
@@ -119,12 +112,29 @@ class Revocations:
             )
 
 
+def verified_list(
+    data: bytes, authorities: Iterable[x509.Certificate], what: str
+) -> x509.CertificateRevocationList:
+    """Read a list (PEM); raise ``CertificateError`` naming ``what`` unless one of the authorities signed it."""
+    try:
+        crl = x509.load_pem_x509_crl(data)
+        numbered = any(isinstance(one.value, x509.CRLNumber) for one in crl.extensions)
+    except ValueError as error:
+        raise CertificateError(f"{what} is not a PEM revocation list") from error
+    if not any(_is_signed_by(crl, authority) for authority in authorities):
+        raise CertificateError(f"{what} was not signed by this federation's authority")
+    if not numbered:
+        raise CertificateError(f"{what} has no CRL number; it is not this authority's")
+    return crl
+
+
 def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
     key = authority.public_key()
     return isinstance(key, ec.EllipticCurvePublicKey) and crl.is_signature_valid(key)
 
 
-def _number(crl: x509.CertificateRevocationList) -> int:
+def list_number(crl: x509.CertificateRevocationList) -> int:
+    """Return the number that tells the newer of two lists (RFC 5280, 5.2.3)."""
     return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
 
 

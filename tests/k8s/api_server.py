@@ -468,7 +468,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         scheme, _, token = (self.headers.get("authorization") or "").partition(" ")
-        given = token if scheme == "Bearer" else None
+        given = token if scheme.lower() == "bearer" else None
         api = cast(_Server, self.server).api
         code, answer = api.answer(self.command, self.path, given, body)
         data = json.dumps(answer).encode()
