@@ -40,7 +40,9 @@ IMAGES = {
     **dict.fromkeys(("supernode", "site"), "vlafleet-supernode"),
     "superexec": "vlafleet-app",
 }
-IMAGE = re.compile(r"(?P<repository>[a-z0-9./:_-]+?)(:(?P<tag>[\w.-]+)|@sha256:[0-9a-f]{64})")
+IMAGE = re.compile(
+    r"(?P<repository>([a-z0-9.-]+(:\d+)?/)?[a-z0-9._/-]+)(:(?P<tag>[\w.-]+)|@sha256:[0-9a-f]{64})"
+)
 _UNITS = {
     **{unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)},
     "m": Decimal("0.001"),

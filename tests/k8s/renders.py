@@ -1,6 +1,7 @@
 """Every ``ci/*-values.yaml`` as a render, made once in a session: what the checks of the charts go through."""
 
 import functools
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.charts import CHARTS, Manifest, ci_values, render
+from tests.k8s.charts import CHARTS, Manifest, ci_values, template
+from tests.k8s.task_pods import task_pods
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The values that were given and the objects that came of them."""
+    """The values that were given and the objects that came of them, tasks' pods included."""
 
     values: dict[str, Any]
     manifests: list[Manifest]
@@ -24,7 +26,19 @@ class Rendered:
 def rendered(chart: str, path: Path) -> Rendered:
     """Return what a chart makes of a file of values; nobody may change it."""
     values = yaml.safe_load(path.read_text()) or {}
-    return Rendered(values, render(chart, path))
+    manifests = objects_in(succeeded(template(chart, path)))
+    return Rendered(values, [*manifests, *task_pods(manifests)])
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a command printed; its failure is in the assertion."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def objects_in(text: str) -> list[Manifest]:
+    """Return the objects of a YAML stream: a dashboard takes yaml.safe_load twenty times as long."""
+    return [found for found in yaml.load_all(text, yaml.CSafeLoader) if found]
 
 
 def _name(path: Path) -> str:
