@@ -59,13 +59,26 @@ identity, to which the revocation list comes.
   {{- end }}
 {{- end -}}
 
-{{/* The init container that takes a Secret into the pod's volume: (list $ $image NAME SOURCE IDENTITY PREFIX). */}}
+{{/*
+The init container that takes a Secret into the pod's volume: (list $ $image "identity" "secret" "/data/identity" ""),
+image, name, volume, identity and prefix of the writable places; a server's has its role as well. After a change of its
+addresses it fails until the enrolment service's pod has stored a certificate that names them.
+*/}}
 {{- define "superlink.takeContainer" -}}
 {{- $ := index . 0 -}}
-{{- $name := index . 2 -}}
-- name: {{ $name }}
+- name: {{ index . 2 }}
   {{- include "superlink.container" (list $ (index . 1)) | nindent 2 }}
-  args: ["certs", "take", "/secret", {{ index . 4 | quote }}]
+  args:
+    - certs
+    - take
+    - /secret
+    - {{ index . 4 }}
+    {{- if eq (len .) 7 }}
+    {{- range include "superlink.hosts" (list $ (index . 6)) | fromJsonArray }}
+    - --host
+    - {{ . | quote }}
+    {{- end }}
+    {{- end }}
   env:
     {{- include "superlink.env" $ | nindent 4 }}
   volumeMounts:
