@@ -1,5 +1,6 @@
 """The commands in the charts, read by the program that they start: every option exists, every value is one."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from tests.k8s.pod_checks import Container, every_container
 from tests.k8s.renders import EVERY_RENDER, rendered
 
 
+@functools.cache
+def program() -> click.Command:
+    """Return vlafleet, as its entry point runs it."""
+    return typer.main.get_command(vlafleet.cli)
+
+
 def parse(arguments: list[str], environment: dict[str, str], monkeypatch: Any) -> None:
     """Read a command line as vlafleet does, without running it; click's exceptions say what is wrong."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    command: click.Command = typer.main.get_command(vlafleet.cli)
-    context, rest = None, list(arguments)
+    command, rest = program(), list(arguments)
     while isinstance(command, click.Group):
         found = command.get_command(click.Context(command), rest[0])
         if found is None:
