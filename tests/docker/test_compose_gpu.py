@@ -49,7 +49,9 @@ def test_a_run_takes_model_and_datasets_from_what_was_fetched(fetched: Project) 
     run = fetched.compose("wait", "run", timeout=600)
     assert run.returncode == 0, fetched.output("logs", "--no-color", "--tail", "40")
     # Nothing was asked of the hub again: fetch found everything and ended well without a route to it.
-    assert "fetching" not in fetched.output("logs", "--no-color", "fetch")
+    said = fetched.output("logs", "--no-color", "fetch")
+    assert "fetching" not in said
+    assert said.count("there: the dataset") == 2
     assert fetched.containers()["fetch"]["ExitCode"] == 0
     log = fetched.output("logs", "--no-color", "run")
     assert "model lerobot/smolvla_base" in log
