@@ -265,7 +265,7 @@ def _api(namespace: str) -> Any:
     except (ConfigException, OSError) as error:
         raise ToolError(
             f"The Kubernetes executor needs a pod with a service account ({first_line(error)}): "
-            "set automountServiceAccountToken, or leave out --kubernetes."
+            "mount its token, or leave out --kubernetes."
         ) from error
     if own != namespace:
         # What is owned by a pod of another namespace is removed at once.

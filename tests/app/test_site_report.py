@@ -101,7 +101,7 @@ def server(identity: Callable[[Role, str], Identity], node: SuperNode) -> Iterat
 
 
 @contextlib.contextmanager
-def reporting(superexec: Identity, server: Serving, trainer: Path) -> Iterator[Reporter]:
+def reporting(superexec: Identity, server: Serving, trainer: Path | None) -> Iterator[Reporter]:
     reporter = Reporter(superexec, f"localhost:{server.port}", trainer)
     reporter.start()
     try:
@@ -161,6 +161,19 @@ def test_a_trainer_that_ends_is_counted_and_one_that_is_stopped_is_down(
         os.kill(pid, signal.SIGKILL)
         until(has(node, vlafleet_trainer_restarts_total=1), "its end is not counted")
         until(has(node, vlafleet_trainer_up=1), "the next one is not up")
+
+
+def test_a_site_whose_tasks_are_pods_has_no_trainer_to_report(
+    superexec: Identity, server: Serving, node: SuperNode, tmp_path: Path
+) -> None:
+    """Neither one that is down: its disk, certificate and contact are reported all the same."""
+    with reporting(superexec, server, None):
+        until(lambda: "vlafleet_disk_size_bytessite" in node.last, "the disk is not told")
+        told = node.last
+        assert not [name for name in told if name.startswith("vlafleet_trainer")]
+        assert told["vlafleet_disk_size_bytessite"] == shutil.disk_usage(tmp_path).total
+        assert "vlafleet_certificate_expiry_timestamp_secondssuperexec" in told
+    assert server.refused == []
 
 
 def pid_of(path: Path) -> int:

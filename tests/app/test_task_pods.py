@@ -23,6 +23,7 @@ from app.task_pods import ClusterError, numeric, prepare, read
 from certs.errors import ConfigError, ConnectionRefusedByFleetError, FleetError, ToolError
 from certs.flower import install_commands
 from tests.k8s.api_server import Running, granted, service_account, serving
+from tests.k8s.charts import ROOT, render
 
 NAMESPACE, ACCOUNT = "robots-tasks", "lab-7-app"
 USER = service_account(NAMESPACE, ACCOUNT)
@@ -80,6 +81,7 @@ LABELS = {
     "app.kubernetes.io/component": "taskexecutor",
     "vlafleet.dev/site": "lab-7",
 }
+EXECUTOR_VALUES = (ROOT / "k8s" / "site" / "ci").glob("executor*-values.yaml")
 OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "lab-7-app-0", "uid": "5f0c"}
 
 
@@ -102,17 +104,24 @@ def cluster(
     tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
     """An API server, and this process as if it ran in the SuperExec's pod."""
-    hook = "create_incluster_kubernetes_clients"
-    monkeypatch.setattr(factory, hook, getattr(factory, hook))
     with serving(tmp_path / "api", free_port(), rbac(RULES)) as running:
-        mount = running.mount(tmp_path / "serviceaccount", NAMESPACE, ACCOUNT)
-        monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(mount / "token"))
-        monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(mount / "ca.crt"))
-        for name, value in running.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("VLAFLEET_POD", OWNER["name"])
-        monkeypatch.setenv("VLAFLEET_POD_UID", OWNER["uid"])
+        pretend(running, tmp_path, monkeypatch, NAMESPACE, ACCOUNT)
         yield running
+
+
+def pretend(
+    running: Running, tmp_path: Path, patch: pytest.MonkeyPatch, namespace: str, account: str
+) -> None:
+    """Let this process find what the SuperExec's container does."""
+    hook = "create_incluster_kubernetes_clients"
+    patch.setattr(factory, hook, getattr(factory, hook))
+    mount = running.mount(tmp_path / "serviceaccount", namespace, account)
+    patch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(mount / "token"))
+    patch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(mount / "ca.crt"))
+    for name, value in running.environment.items():
+        patch.setenv(name, value)
+    patch.setenv("VLAFLEET_POD", OWNER["name"])
+    patch.setenv("VLAFLEET_POD_UID", OWNER["uid"])
 
 
 @pytest.fixture
@@ -364,7 +373,7 @@ def test_outside_a_pod_it_says_so(
     (tmp_path / "serviceaccount" / "namespace").write_text("robots\n")
     told(ConfigError, "namespace is 'robots-tasks' and this pod's 'robots'")
     (tmp_path / "serviceaccount" / "token").unlink()
-    told(ToolError, "Service token file does not exist.*automountServiceAccountToken")
+    told(ToolError, "Service token file does not exist.*mount its token")
 
 
 @pytest.mark.parametrize(
@@ -421,6 +430,36 @@ def test_a_configuration_of_which_no_pod_can_be_made_is_named(
         prepare(written(tmp_path, **changes), "10.96.3.7:9094", authority)
     assert "\n" not in str(raised.value)
     assert cluster.api.objects("pods", NAMESPACE) == {}
+
+
+@pytest.mark.parametrize("values", sorted(EXECUTOR_VALUES), ids=lambda path: path.stem)
+def test_the_charts_configuration_and_rights_are_what_the_executor_takes(
+    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch, authority: Path,
+    values: Path,
+) -> None:  # fmt: skip
+    """Rendered by Helm, and then used by Flower's executor under the Role that is rendered with it."""
+    rendered = render("site", values)
+    path = tmp_path / "executor.yaml"
+    [text] = [
+        manifest["data"]["executor.yaml"]
+        for manifest in rendered
+        if manifest["kind"] == "ConfigMap" and "executor.yaml" in manifest["data"]
+    ]
+    path.write_text(text)
+    config, _ = read(path)
+    namespace = config["namespace"]
+    roles = [m for m in rendered if m["kind"] in {"Role", "RoleBinding"}]
+    [account] = {right.user for right in granted(roles) if right.resource == "pods"}
+    with serving(tmp_path / "api", free_port(), roles) as running:
+        pretend(running, tmp_path, monkeypatch, namespace, account.rpartition(":")[2])
+        executor = prepared(path, authority)
+        assert executor.launch(spec(authority)).status == LaunchResultStatus.ACCEPTED
+        [pod] = running.api.objects("pods", namespace)
+        running.api.set_phase(pod, namespace, "Failed")
+        executor.get_eligible_capacity({TaskType.CLIENT_APP})
+        assert running.api.objects("pods", namespace) == {}
+        used = {asked._replace(name="*") for asked in running.api.used()}
+        assert used == {right for right in granted(roles) if right.user == account}
 
 
 @pytest.mark.parametrize(
