@@ -270,4 +270,32 @@ def names(rendered: Rendered) -> Iterator[str]:
                 yield f"{pod} {container['name']}: port name {port['name']} is over 15 characters"
 
 
-CHECKS: tuple[Check, ...] = (references, mounts, selectors, claims, names)
+def addresses(rendered: Rendered) -> Iterator[str]:
+    """What a container is told to talk to in the release is a Service with that port; each $(VARIABLE) has a value."""
+    ports = {
+        (namespace_of(service), name_of(service)): {
+            port["port"] for port in service["spec"]["ports"]
+        }
+        for service in of_kind(rendered.manifests, "Service")
+    }
+    for pod, container in every_container(rendered):
+        who, variables = f"{pod} {container['name']}", container.get("env", [])
+        known = {one["name"] for one in variables}
+        told = [*container.get("args", []), *(one.get("value", "") for one in variables)]
+        for text in told:
+            for variable in re.findall(r"\$\(([A-Z0-9_]+)\)", text):
+                service = variable.removesuffix("_SERVICE_HOST").replace("_", "-").lower()
+                port = text.rpartition(":")[2]
+                here = ports.get((pod.namespace, service), set())
+                if variable not in known and (not port.isdigit() or int(port) not in here):
+                    yield f"{who}: {text} is no Service of its namespace"
+            match = re.fullmatch(r"([a-z0-9-]+)(?:\.([a-z0-9-]+)(?:\.svc)?)?:(\d+)", text)
+            if match and match[0] not in set(strings(rendered.values)):
+                name, namespace, port = match.groups()
+                if name != "localhost" and int(port) not in ports.get(
+                    (namespace or pod.namespace, name), set()
+                ):
+                    yield f"{who}: {text} is no Service"
+
+
+CHECKS: tuple[Check, ...] = (references, mounts, selectors, claims, names, addresses)

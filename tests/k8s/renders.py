@@ -20,14 +20,17 @@ class Rendered:
 
     values: dict[str, Any]
     manifests: list[Manifest]
+    # As Helm wrote them.
+    text: str = ""
 
 
 @functools.cache
 def rendered(chart: str, path: Path) -> Rendered:
     """Return what a chart makes of a file of values; nobody may change it."""
     values = yaml.safe_load(path.read_text()) or {}
-    manifests = objects_in(succeeded(template(chart, path)))
-    return Rendered(values, [*manifests, *task_pods(manifests)])
+    text = succeeded(template(chart, path))
+    manifests = objects_in(text)
+    return Rendered(values, [*manifests, *task_pods(manifests)], text)
 
 
 def succeeded(done: subprocess.CompletedProcess[str]) -> str:

@@ -26,7 +26,8 @@ def test_what_a_chart_renders_is_sound(chart: str, path: Path, check: str) -> No
 POD = "spec.template.spec"
 FIRST = f"{POD}.containers.0"
 SUPERLINK, ENROLMENT = "StatefulSet/fed-superlink", "StatefulSet/fed-enrolment"
-APP, JOIN = "StatefulSet/vlafleet-lab-7-app", "Job/vlafleet-lab-7-join-1"
+LAB = "vlafleet-lab-7"
+APP, JOIN = f"StatefulSet/{LAB}-app", f"Job/{LAB}-join-1"
 DATA = {"name": "more", "mountPath": "/more"}
 LONG = "a-name-that-is-much-too-long-for-the-labels-of-its-pods"
 
@@ -164,6 +165,9 @@ FAULTS = [
     fault("names", SUPERLINK, "metadata.labels.helm.sh/chart", "superlink-0.1.0+x", "is no label"),
     fault("names", ENROLMENT, "metadata.name", "fed-superlink", "is there twice"),
     fault("names", SUPERLINK, f"{FIRST}.ports.0.name", "a-name-of-sixteen", "over 15"),
+    fault("addresses", "Service/fed-superlink", "spec.ports.0.port", 1, "fed-superlink:9092 is no"),
+    fault("addresses", "Service/fed-superlink", "", GONE, "fed-superlink:9092 is no Service"),
+    fault("addresses", f"Service/{LAB}-supernode", "", GONE, ":9094 is no Service of its"),
     fault("rights", "Role/fed-enrolment", "rules.0.verbs", ["create", "list"], "may list secrets"),
     fault("rights", "Role/fed-enrolment", "rules.1", GONE, "may not get secrets"),
     fault("rights", "Role/fed-enrolment", "rules.1.resourceNames", GONE, "may get secrets in"),
