@@ -29,6 +29,7 @@ cli.command()(superlink.cli.superlink)
 cli.command()(superlink.cli.enrolment)
 for command in (
     supernode.cli.join,
+    supernode.cli.enrol,
     supernode.cli.check,
     supernode.cli.request,
     supernode.cli.accept,

@@ -1,4 +1,4 @@
-"""``vlafleet supernode``, and a site's half of ``vlafleet site``: join, check, request, accept, run, stop."""
+"""``vlafleet supernode``, and a site's half of ``vlafleet site``: join, enrol, check, request, accept, run, stop."""
 
 import json
 import os
@@ -94,6 +94,39 @@ def join(
     mode = _mode(compose, helm, native)
     site = _planned(decoded.federation, decoded.site, directory, dataset, device, mode)
     run_join(site, decoded, typer.echo)
+
+
+def enrol(
+    superlink: SuperLinkOption,
+    dataset: DatasetOption,
+    secret: Annotated[str, typer.Option(help="The Secret for the SuperNode's identity.")],
+    superexec_secret: Annotated[str, typer.Option(help="The Secret for the SuperExec's identity.")],
+    invitation: Annotated[
+        str | None,
+        typer.Argument(
+            envvar=_INVITATION,
+            help="What the federation's operator sent; not needed any more by a member.",
+        ),
+    ] = None,
+    superexec_namespace: Annotated[
+        str | None, typer.Option(help="The namespace of the SuperExec's; by default this pod's.")
+    ] = None,
+    directory: DirectoryOption = None,
+) -> None:
+    """Join a federation from within a Kubernetes cluster: enrol, keep the identities as Secrets, start nothing."""
+    # Nothing that is started from here needs it.
+    os.environ.pop(_INVITATION, None)
+    from certs.cluster import Cluster
+    from certs.invitation import Invitation, is_address
+    from supernode.cluster import Secrets
+    from supernode.cluster import enrol as run_enrol
+
+    if not is_address(superlink):
+        raise typer.BadParameter(f"{superlink!r} is not HOST:PORT", param_hint="--superlink")
+    given = (invitation or "").strip()
+    decoded = Invitation.decode(_typed() if given == "-" else given) if given else None
+    secrets = Secrets(secret, superexec_secret, superexec_namespace)
+    run_enrol(Cluster.here(), secrets, decoded, superlink, dataset, directory, typer.echo)
 
 
 def check(

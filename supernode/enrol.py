@@ -176,11 +176,11 @@ def _ask(
         try:
             answer = _once(client, method, path, body, until)
         except (httpx.HTTPError, httpx.InvalidURL, OverflowError, UnicodeError) as error:
-            untrusted = _untrusted(error)
-            if untrusted is not None:
+            why = untrusted(error)
+            if why is not None:
                 raise ConnectionRefusedByFleetError(
                     f"the server at {address} is not the federation's enrolment service: "
-                    f"{untrusted}; nothing was sent to it. If the federation has another authority "
+                    f"{why}; nothing was sent to it. If the federation has another authority "
                     "since the invitation was made, ask its operator for a new one"
                 ) from error
             pause = next(pauses, None)
@@ -221,7 +221,7 @@ def _retry_after(answer: httpx.Response) -> float:
     return max(float(said), 0.1) if re.fullmatch(r"[0-9]{1,10}", said) else 2.0
 
 
-def _untrusted(error: BaseException | None) -> str | None:
+def untrusted(error: BaseException | None) -> str | None:
     """Return why a server's certificate was not taken, None when that was not the failure."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):

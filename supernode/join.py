@@ -60,7 +60,7 @@ def join(site: Site, invitation: Invitation, say: Say) -> None:
         else:
             if known is not None and known.mode != site.mode:
                 stop(known)
-            site = _become_member(site, invitation, existed, say)
+            site = become_member(site, invitation, existed, say)
         bring_up(site, say, stop_first=None if member and site == known else known or site)
 
 
@@ -80,7 +80,7 @@ def with_addresses(site: Site, source: Site | Membership) -> Site:
     return dataclasses.replace(site, superlink=source.superlink, enrolment=source.enrolment)
 
 
-def _become_member(site: Site, invitation: Invitation, existed: bool, say: Say) -> Site:
+def become_member(site: Site, invitation: Invitation, existed: bool, say: Say) -> Site:
     """Apply, unless an interrupted join has already, and store what came back; return the site with its addresses."""
     fresh = not site.identity.exists()
     keys = Keys.ensure(site)
