@@ -26,8 +26,8 @@ CHANGEABLE = {
 }
 # Whose names are a site's or a federation's own: what lives under them, or is addressed by them, must be found again.
 LASTING = {"StatefulSet", "PersistentVolumeClaim", "Service", "ServiceAccount"}
-# The kinds that something is said about here.
-COMPARED = {*CHANGEABLE, *LASTING, "RoleBinding", "ConfigMap", "Secret"}
+# The kinds that the files of released versions hold; ConfigMaps, of ours, change freely.
+COMPARED = {*CHANGEABLE, *LASTING, "RoleBinding", "Secret"}
 
 
 def key(manifest: Manifest) -> Key:
