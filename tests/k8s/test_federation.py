@@ -90,7 +90,7 @@ def federation(
         assert handed is not None
         control.put_secret("office", "admin", handed)
         volumes = {
-            "identity": {"secret": {"secretName": "admin"}},
+            "identity": {"secret": {"secretName": "admin", "defaultMode": 0o400}},
             "home": {"emptyDir": {}},
         }
         machine(running, "office", "operator", "superlink", volumes)
