@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from app import cause, payload, trainer_client
 from app.job import METRICS, REQUEST, Answer, Job, Kind, Record
 from app.payload import PayloadError
+from app.simulation import is_simulated
 from app.supervisor import SOCKET, restarts
 from certs import logs
 from certs.errors import FleetError
@@ -77,18 +78,19 @@ def _submit(job: Job) -> Answer:
             told = {**answer.metrics[METRICS], "trainer_restarts": times}
             return replace(answer, metrics={**answer.metrics, METRICS: told})
         return answer
-    answer = _worker().handle(job, _unwatched)
+    worker = _worker(brief=not is_simulated(job.node))
+    answer = worker.handle(job, _unwatched)
     # This process may end with its message, as a pod does, and another may have this site next.
-    _worker().settle()
+    worker.settle()
     return answer
 
 
 @functools.cache
-def _worker() -> Worker:
+def _worker(*, brief: bool) -> Worker:
     """This process's own, with what it has loaded."""
     from app.worker import Worker
 
-    return Worker()
+    return Worker(brief=brief)
 
 
 def _unwatched(**_: Any) -> None:

@@ -119,10 +119,12 @@ class PrefixCache:
         frozen: str,
         folder: Path,
         augment: Augment | None = None,
+        brief: bool = False,
         progress: Progress,
     ) -> Self:
         """Find or build the cache of these rows in the tier ``choice``; "auto" takes the fastest that has the space.
 
+        In a ``brief`` process, which ends with its job, "auto" prefers the disk, where the next process finds it.
         ``frozen`` is the hash of the policy's frozen tensors; the files of the disk tier lie in ``folder``. Where
         images are augmented or the VLM is trained nothing can be kept, and the log says so.
 
@@ -142,7 +144,7 @@ class PrefixCache:
             return cache
         device = torch.device(policy.config.device)
         try:
-            cache._fill(choice, frozen, folder, progress)
+            cache._fill(choice, frozen, folder, progress, brief=brief)
             if device.type == "cuda":
                 # Whoever reads may do so on another stream than this one.
                 torch.cuda.synchronize(device)
@@ -182,7 +184,9 @@ class PrefixCache:
         if self._store:
             self._store.close()
 
-    def _fill(self, choice: str, frozen: str, folder: Path, progress: Progress) -> None:
+    def _fill(
+        self, choice: str, frozen: str, folder: Path, progress: Progress, *, brief: bool
+    ) -> None:
         """Take the first tier that is asked for and has the space, and build what it does not hold yet."""
         import torch
 
@@ -192,6 +196,8 @@ class PrefixCache:
             )
         plans, masks = self._plans(folder)
         asked = [plan for plan in plans if choice in ("auto", plan.tier)]
+        if brief:
+            asked.sort(key=lambda plan: plan.place != "disk")
         for plan in asked:
             if plan.layout.size <= plan.room:
                 try:

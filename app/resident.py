@@ -106,6 +106,7 @@ class Model:
         config: RunConfig,
         statistics: str,
         seed: int | None,
+        brief: bool,
         told: Told,
     ) -> PrefixCache:
         """Find or make the prefixes of these rows; ``seed`` is that of their images' augmentation, if any."""
@@ -123,6 +124,7 @@ class Model:
             frozen=self.base.vlm,
             folder=home() / "cache",
             augment=None if seed is None else partial(augment, seed=seed, device=device),
+            brief=brief,
             progress=told,
         )
 
@@ -137,8 +139,8 @@ class Model:
 class Site:
     """A site's dataset, its frames, and their prefixes."""
 
-    def __init__(self, dataset: SiteDataset) -> None:
-        self.dataset, self._stamps = dataset, _stamps(dataset)
+    def __init__(self, dataset: SiteDataset, *, brief: bool) -> None:
+        self.dataset, self._stamps, self._brief = dataset, _stamps(dataset), brief
         self._frames: dict[Part, Frames] = {}
         self._builds: dict[Part, tuple[object, PrefixBuild]] = {}
         self._loader: tuple[object, Loader] | None = None
@@ -173,7 +175,7 @@ class Site:
         before = self._builds.get(part)
         if before is None or before[0] != key or before[1].failed:
             self._drop(part)
-            make = partial(model.prefix_cache, frames, rows, config, statistics, seed)
+            make = partial(model.prefix_cache, frames, rows, config, statistics, seed, self._brief)
             self._builds[part] = (key, PrefixBuild(make))
         return self._builds[part][1].wait(told)
 
@@ -201,9 +203,13 @@ class Site:
 
 
 class Resident:
-    """What is loaded; every method loads anew only what differs from the last job's."""
+    """What is loaded; every method loads anew only what differs from the last job's.
 
-    def __init__(self) -> None:
+    ``brief`` says that the process ends with its job, and that what is dear to make is best left on disk.
+    """
+
+    def __init__(self, *, brief: bool) -> None:
+        self._brief = brief
         self._path: tuple[object, Path] | None = None
         self._base: tuple[object, Base] | None = None
         self._model: tuple[object, Model] | None = None
@@ -249,7 +255,8 @@ class Resident:
         before = self._sites.pop(name, None)
         if before is None or before[0] != key or not before[1].unchanged():
             try:
-                site = Site(open_dataset(uri, held_out=config.held_out, seed=config.seed))
+                dataset = open_dataset(uri, held_out=config.held_out, seed=config.seed)
+                site = Site(dataset, brief=self._brief)
             except BaseException:
                 if before:
                     before[1].close()

@@ -33,6 +33,11 @@ def site_of(
     return f"site-{number:04d}", f"{datasets[first]}{mark}part={turn}/{sharing}"
 
 
+def is_simulated(node_config: Mapping[str, object]) -> bool:
+    """Whether a node is the simulation runtime's."""
+    return "partition-id" in node_config
+
+
 def forget(lineage: str) -> None:
     """Remove what the simulated sites of this machine keep for a run that is complete.
 

@@ -42,10 +42,10 @@ class _NotHeldError(Exception):
 
 
 class Worker:
-    """Answers a site's jobs, one at a time; what they need stays loaded for the next one."""
+    """Answers a site's jobs, one at a time; what they need stays loaded for the next one, if any (``brief``)."""
 
-    def __init__(self) -> None:
-        self._resident = Resident()
+    def __init__(self, *, brief: bool = False) -> None:
+        self._resident = Resident(brief=brief)
 
     def handle(self, job: Job, progress: Progress) -> Answer:
         """The answer to a job; ``FleetError`` when it cannot be done, and whatever ``progress`` raises."""

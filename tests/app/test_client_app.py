@@ -37,7 +37,7 @@ from app.frames import Frames
 from app.job import Answer
 from app.journal import read_rounds, runs_root
 from app.policy import frozen_hash, trainable_names
-from app.site_state import SiteState
+from app.site_state import Kept, SiteState
 from app.supervisor import restarts, supervised
 from certs.errors import DatasetError
 
@@ -166,6 +166,25 @@ def test_training_answers_with_the_change_and_its_metrics(
     # This machine's GPU, if it has one, did not train; and no trainer did.
     assert not {"gpu_utilization", "gpu_memory_bytes", "trainer_restarts"} & metrics.keys()
     assert "round 1/2 train: step 3/3, loss " in caplog.text
+
+
+def test_what_the_next_process_needs_is_on_disk_before_the_answer(
+    tiny_base: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod ends with its answer: Flower gives it 5 s, a slow disk needs more for SmolVLA's state."""
+    kept: list[int] = []
+    keep = SiteState.keep
+
+    def slowly(self: SiteState, number: int, state: Kept) -> None:
+        time.sleep(0.5)
+        keep(self, number, state)
+        kept.append(number)
+
+    monkeypatch.setattr(SiteState, "keep", slowly)
+    run = config(tiny_base)
+    content = request(tiny_base, described(tiny_dataset, run), run)
+    assert not ask(MessageType.TRAIN, context(tiny_dataset, run, device="cpu"), content).has_error()
+    assert kept == [1]
 
 
 def test_the_rate_of_a_later_round_goes_on_where_the_last_one_ended(

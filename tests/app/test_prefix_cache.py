@@ -195,6 +195,38 @@ def test_auto_takes_the_fastest_tier_that_has_the_space(
     assert cache.prefix([0]).mask.any()
 
 
+def test_a_process_that_ends_with_its_job_leaves_its_prefixes_to_the_next(
+    opened: Open,
+    room: Callable[[int, int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Disk first, be it for images alone; memory where the disk has no space for either."""
+    kv, embeddings = sizes(opened("none"))
+    built, build = [], PrefixCache._build
+
+    def noted(self: PrefixCache, *words: Any) -> None:
+        built.append(self.tier)
+        build(self, *words)
+
+    monkeypatch.setattr(PrefixCache, "_build", noted)
+    rows = range(10)
+    for disk, tier, kept in (
+        (10 * kv, "disk", 1),
+        (10 * kv - 1, "embeddings", 2),
+        (10 * embeddings - 1, "memory", 2),
+    ):
+        room(100 * kv, disk)
+        opened("auto", rows, brief=True).close()
+        assert opened("auto", rows, brief=True).tier == tier
+        assert len(files(tmp_path)) == kept
+    # What is on disk is not made again.
+    assert built == ["disk", "embeddings", "memory", "memory"]
+    # The run config's word stands.
+    room(10 * kv, 10 * kv)
+    assert opened("memory", rows, brief=True).tier == "memory"
+
+
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the device's own memory, which is the host's here, be a GPU's of which so many bytes are free."""
