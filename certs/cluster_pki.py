@@ -37,7 +37,7 @@ _LOCAL = ("localhost", "127.0.0.1")
 
 
 def store(cluster: Cluster, name: str, new: Copy, namespace: str | None = None) -> str:
-    """Let a Secret hold the newer of what it holds and ``new``; return ``stored`` or ``kept``.
+    """Let a Secret hold ``new`` unless what it holds is newer; return ``stored`` or ``kept``.
 
     Raises ``CertificateError`` when it holds something else than a copy of the same identity.
     """

@@ -128,8 +128,8 @@ class Copy:
 
 
 def merged(there: Copy, new: Copy) -> dict[str, bytes]:
-    """Return the newer of two copies of one identity, with the newer revocation list that its authority signed."""
-    base = new if there.peer.serial == new.peer.serial or new.follows(there) else there
+    """Return ``new``, or ``there`` if that is newer, with the newer revocation list that its authority signed."""
+    base = there if there.follows(new) else new
     found = newest_list(base, there, new)
     return base.files if found is None else {**base.files, _LIST: found}
 
