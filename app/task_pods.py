@@ -1,8 +1,9 @@
 """A pod for each ClientApp: what Flower's Kubernetes executor is told, and the API server as it uses it.
 
 The executor makes a Secret with the task's token and a pod that reads it, waits while ``active-pod-budget`` pods are at
-work, and removes those that ended within a minute. Everything is tried once before the first message is taken: a task
-whose pod cannot be made is lost to its round.
+work, and removes those that ended within a minute. A pod that is not at work after 30 s comes too late: its message is
+given to another (Flower 1.41). What can never work would so be tried until the round is over; hence all of it is tried
+once, with dry runs, before the first message is taken.
 """
 
 from __future__ import annotations
