@@ -13,8 +13,8 @@ from certs import logs
 from certs.errors import ConfigError, ConnectionRefusedByFleetError, FleetError, ToolError
 from certs.identity import Identity, identity_directory
 from certs.roles import Role
-from tests.app.test_task_pods import CONFIG
 from tests.conftest import Vlafleet
+from tests.k8s.executor import CONFIG
 
 
 @pytest.mark.parametrize(

@@ -2,101 +2,40 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import yaml
 from flwr.supercore.constant import ExecutorType, TaskType
 from flwr.supercore.superexec.executor import (
     ExecutionSpec,
     Executor,
     LaunchResultStatus,
-    factory,
     get_executor,
 )
 from kubernetes.config import incluster_config
 from urllib3.exceptions import ReadTimeoutError
 
-from app import task_pods
-from app.task_pods import ClusterError, numeric, prepare, read
+from app.task_pods import ClusterError, prepare, read
 from certs.errors import ConfigError, ConnectionRefusedByFleetError, FleetError, ToolError
 from certs.flower import install_commands
-from tests.k8s.api_server import Running, granted, service_account, serving
+from tests.k8s.api_server import Running, granted, serving
 from tests.k8s.charts import ROOT, render
+from tests.k8s.executor import (
+    ACCOUNT,
+    CONFIG,
+    LABELS,
+    NAMESPACE,
+    OWNER,
+    RULES,
+    USER,
+    pretend,
+    rbac,
+    written,
+)
 
-NAMESPACE, ACCOUNT = "robots-tasks", "lab-7-app"
-USER = service_account(NAMESPACE, ACCOUNT)
-# What the chart grants.
-RULES = [
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "list", "delete"]},
-    {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create", "list", "delete"]},
-]
-CONFIG: dict[str, Any] = {
-    "namespace": NAMESPACE,
-    "image": "vlafleet-app:0.1.0",
-    "labels": {"vlafleet.dev/site": "lab-7"},
-    "env": [
-        {"name": "VLAFLEET_IDENTITY", "value": "/identity"},
-        {"name": "HF_HUB_OFFLINE", "value": "1"},
-    ],
-    "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "24Gi"}},
-    "volumes": [
-        {"name": "state", "persistentVolumeClaim": {"claimName": "lab-7-state"}},
-        {"name": "tmp", "emptyDir": {"sizeLimit": "512Mi"}},
-    ],
-    "volume-mounts": [
-        {"name": "state", "mountPath": "/identity", "subPath": "identity", "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},
-    ],
-    "affinity": {
-        "podAffinity": {
-            "requiredDuringSchedulingIgnoredDuringExecution": [
-                {
-                    "topologyKey": "kubernetes.io/hostname",
-                    "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "app"}},
-                }
-            ]
-        }
-    },
-    "pod-security-context": {"runAsNonRoot": True, "runAsUser": 10001, "fsGroup": 10001},
-    "container-security-context": {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    },
-    "service-account-name": "lab-7-task",
-    "active-pod-budget": 1,
-    "capacity-log-interval": 60,
-    "pod-spec": {
-        "dnsPolicy": "None",
-        "dnsConfig": {"nameservers": ["127.0.0.1"]},
-        "enableServiceLinks": False,
-        "shareProcessNamespace": True,
-        "runtimeClassName": "nvidia",
-    },
-}
-LABELS = {
-    "app.kubernetes.io/name": "flower",
-    "app.kubernetes.io/component": "taskexecutor",
-    "vlafleet.dev/site": "lab-7",
-}
 EXECUTOR_VALUES = (ROOT / "k8s" / "site" / "ci").glob("executor*-values.yaml")
-OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "lab-7-app-0", "uid": "5f0c"}
-
-
-def rbac(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    metadata = {"name": ACCOUNT, "namespace": NAMESPACE}
-    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": NAMESPACE}
-    return [
-        {"kind": "Role", "metadata": metadata, "rules": rules},
-        {
-            "kind": "RoleBinding",
-            "metadata": metadata,
-            "roleRef": {"kind": "Role", "name": ACCOUNT},
-            "subjects": [subject],
-        },
-    ]
 
 
 @pytest.fixture
@@ -109,33 +48,10 @@ def cluster(
         yield running
 
 
-def pretend(
-    running: Running, tmp_path: Path, patch: pytest.MonkeyPatch, namespace: str, account: str
-) -> None:
-    """Let this process find what the SuperExec's container does."""
-    hook = "create_incluster_kubernetes_clients"
-    patch.setattr(factory, hook, getattr(factory, hook))
-    mount = running.mount(tmp_path / "serviceaccount", namespace, account)
-    patch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(mount / "token"))
-    patch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(mount / "ca.crt"))
-    for name, value in running.environment.items():
-        patch.setenv(name, value)
-    patch.setenv("VLAFLEET_POD", OWNER["name"])
-    patch.setenv("VLAFLEET_POD_UID", OWNER["uid"])
-
-
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
     path = tmp_path / "site-ca.crt"
     path.write_text("the federation's\n")
-    return path
-
-
-def written(tmp_path: Path, **changes: Any) -> Path:
-    """The configuration with changes; a key of None is left out."""
-    config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
-    path = tmp_path / "executor.yaml"
-    path.write_text(yaml.safe_dump(config))
     return path
 
 
@@ -356,6 +272,26 @@ def test_an_api_server_that_is_gone_leaves_the_outcome_open(
     assert len(cluster.api.objects("secrets", NAMESPACE)) == 1
 
 
+def test_a_token_that_was_replaced_is_read_anew(
+    cluster: Running, tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives an hour, the SuperExec longer. The client looks for another each minute, here at once."""
+    loader = incluster_config.InClusterConfigLoader
+    begin = loader.__init__
+
+    def impatient(self: Any, *words: Any, **options: Any) -> None:
+        begin(self, *words, **options)  # type: ignore[no-untyped-call]
+        self._token_refresh_period = timedelta(0)
+
+    monkeypatch.setattr(loader, "__init__", impatient)
+    executor = prepared(written(tmp_path), authority)
+    path = tmp_path / "serviceaccount" / "token"
+    before = path.read_text()
+    cluster.mount(path.parent, NAMESPACE, ACCOUNT)
+    cluster.api.forbid(before)
+    assert executor.launch(spec(authority)).status == LaunchResultStatus.ACCEPTED
+
+
 def test_outside_a_pod_it_says_so(
     cluster: Running, tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,40 +310,6 @@ def test_outside_a_pod_it_says_so(
     told(ConfigError, "namespace is 'robots-tasks' and this pod's 'robots'")
     (tmp_path / "serviceaccount" / "token").unlink()
     told(ToolError, "Service token file does not exist.*mount its token")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"namespace": None}, "lacks 'namespace'"),
-        ({"image": None}, "lacks 'image'"),
-        ({"active-pod-budget": None}, "lacks 'active-pod-budget'"),
-        ({"runtime-class-name": "nvidia"}, "has the key 'runtime-class-name', which is unknown"),
-        ({"warm-executor-pools": []}, "has the key 'warm-executor-pools', which is unknown"),
-        ({"active-pod-budget": "1"}, "active-pod-budget must be a number, not '1'"),
-        ({"active-pod-budget": True}, "active-pod-budget must be a number, not True"),
-        ({"active-pod-budget": 0}, "active-pod-budget must be 1 or more"),
-        ({"labels": ["a"]}, "labels must be a map"),
-        ({"volumes": {}}, "volumes must be a list"),
-        ({"image": 3}, "image must be a text"),
-        ({"pod-spec": ["a"]}, "pod-spec is a map with none but"),
-        ({"pod-spec": {"hostNetwork": True}}, "not 'hostNetwork'"),
-        ({"pod-spec": {"serviceAccountName": "x"}}, "not 'serviceAccountName'"),
-        ({"env": []}, "env must name VLAFLEET_IDENTITY"),
-        (
-            {"env": [*CONFIG["env"], {"name": "VLAFLEET_TRAINER", "value": "/tmp/t"}]},
-            "env names VLAFLEET_TRAINER",
-        ),
-    ],
-)
-def test_a_configuration_that_is_wrong_is_named(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    path = written(tmp_path, **changes)
-    with pytest.raises(ConfigError, match=words) as raised:
-        read(path)
-    assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -460,35 +362,3 @@ def test_the_charts_configuration_and_rights_are_what_the_executor_takes(
         assert running.api.objects("pods", namespace) == {}
         used = {asked._replace(name="*") for asked in running.api.used()}
         assert used == {right for right in granted(roles) if right.user == account}
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "file does not exist"),
-        ("", "file must not be empty"),
-        ("- a", "root must be a mapping"),
-        ("a: [", "file must contain valid YAML"),
-    ],
-)
-def test_a_file_that_is_none_is_named(tmp_path: Path, content: str | None, words: str) -> None:
-    path = tmp_path / "executor.yaml"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=f"{path} cannot be used: {words}"):
-        read(path)
-
-
-def test_the_keys_are_flowers() -> None:
-    """A key that Flower's factory does not read would be without effect."""
-    read_by_flower = {*factory._KUBERNETES_CONFIG_FIELD_MAP, "namespace", "image"}
-    assert set(task_pods._KEYS) <= read_by_flower
-
-
-def test_a_pod_is_given_an_ip_address() -> None:
-    assert numeric("localhost:9094") in {"127.0.0.1:9094", "[::1]:9094"}
-    assert numeric("10.96.3.7:9094") == "10.96.3.7:9094"
-    assert numeric("[fd00::7]:9094") == "[fd00::7]:9094"
-    for wrong in ("supernode.invalid:9094", "10.96.3.7", "10.96.3.7:port"):
-        with pytest.raises(ConnectionRefusedByFleetError, match="has no IP address"):
-            numeric(wrong)

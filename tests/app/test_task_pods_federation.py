@@ -15,8 +15,8 @@ from certs.processes import Processes
 from certs.roles import Role
 from superlink.control import Control, run_request
 from superlink.demo import federation
-from tests.app.test_task_pods import ACCOUNT, CONFIG, NAMESPACE, OWNER, RULES, rbac
 from tests.k8s.api_server import granted, serving
+from tests.k8s.executor import ACCOUNT, CONFIG, NAMESPACE, OWNER, RULES, rbac
 from tests.k8s.pod_processes import PodProcesses, pretend
 from tests.recorder import record
 
