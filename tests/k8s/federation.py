@@ -184,10 +184,15 @@ def machine(
     return made
 
 
+def invite(running: Federation, site: str) -> None:
+    """Put an invitation into the Secret of a site's namespace that the chart's values name."""
+    invitation = running.operate("site", "invite", site).split()[-1]
+    running.control.put_secret(site, "invitation", {"invitation": invitation.encode()})
+
+
 def join_by_invitation(running: Federation, dataset: Path) -> None:
     """lab-a: the invitation is a Secret, the chart's Job does the rest."""
-    invitation = running.operate("site", "invite", "lab-a").split()[-1]
-    running.control.put_secret("lab-a", "invitation", {"invitation": invitation.encode()})
+    invite(running, "lab-a")
     release = Release("lab-a", "site", "lab-a", "lab-a", lab_a_values(dataset))
     pods = running.install(release)
     running.run_jobs(release, "Job")
