@@ -5,6 +5,25 @@ from collections.abc import Mapping
 from typing import Any
 
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "k": 10**3, "M": 10**6, "G": 10**9}
+# What the tests' kubelet acts on, and what only a scheduler or a registry has to do with.
+_CONTAINER = {
+    *("name", "image", "command", "args", "env", "ports", "resources", "securityContext", "volumeMounts"),
+    *("startupProbe", "readinessProbe", "livenessProbe", "imagePullPolicy", "terminationMessagePolicy"),
+}  # fmt: skip
+_POD = {
+    *("containers", "initContainers", "volumes", "securityContext", "serviceAccountName", "restartPolicy"),
+    *("automountServiceAccountToken", "enableServiceLinks", "shareProcessNamespace", "dnsPolicy", "dnsConfig"),
+    *("terminationGracePeriodSeconds", "nodeSelector", "tolerations", "affinity", "topologySpreadConstraints"),
+    *("priorityClassName", "imagePullSecrets"),
+}  # fmt: skip
+
+
+def require_known(pod: Mapping[str, Any]) -> None:
+    """Fail for a field of a pod's spec that would be left out in silence."""
+    unknown = set(pod) - _POD
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        unknown |= set(container) - _CONTAINER
+    assert not unknown, f"the tests' kubelet knows no {sorted(unknown)}"
 
 
 def expand(text: str, environment: Mapping[str, str]) -> str:
@@ -43,6 +62,7 @@ def security(pod: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
 
 
 def limits(container: Mapping[str, Any]) -> list[str]:
+    """Return Docker's options for the resources' limits; requests are a scheduler's."""
     wanted = container.get("resources", {}).get("limits", {})
     options = ["--memory", str(in_bytes(wanted["memory"]))] if "memory" in wanted else []
     # Without swap, as a node of Kubernetes has none.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.k8s.container_options import expand, in_bytes, limits, security
+from tests.k8s.container_options import expand, in_bytes, limits, require_known, security
 from tests.k8s.engine import Engine
 from tests.k8s.objects import namespace_of, of_kind, selects
 from tests.k8s.pod_files import Files, MissingError, archive, files
@@ -133,7 +133,7 @@ class Kubelet:
         done = self._engine("exec", name, *command, check=False, timeout=60)
         return None if done.returncode == 0 else (done.stderr + done.stdout).decode()
 
-    def wait_ready(self, pod: Pod, limit: float = 180) -> None:
+    def wait_ready(self, pod: Pod, limit: float = 300) -> None:
         """Wait until every container's startup and readiness probes pass."""
         deadline = time.monotonic() + limit
         for container in pod.spec["containers"]:
@@ -160,6 +160,7 @@ class Kubelet:
     # What a pod is made of.
 
     def _begin(self, pod: Pod) -> None:
+        require_known(pod.spec)
         held = self._held(pod)
         links = self._wiring.links(pod)
         self._make_volumes(pod)

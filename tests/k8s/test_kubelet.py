@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.container_options import expand, in_bytes, limits, security
+from tests.k8s.container_options import expand, in_bytes, limits, require_known, security
 from tests.k8s.engine import Engine
 from tests.k8s.kubelet import Kubelet
 from tests.k8s.pod_files import MissingError, archive, files
@@ -44,6 +44,12 @@ def test_security_contexts_and_limits_become_dockers_options() -> None:
         *("--memory", "67108864", "--memory-swap", "67108864", "--cpus", "0.250"),
     ]
     assert (in_bytes("1Gi"), in_bytes("2M"), in_bytes(7)) == (2**30, 2_000_000, 7)
+
+
+def test_what_the_kubelet_does_not_know_is_refused() -> None:
+    require_known({"containers": [{"name": "a", "args": []}]})
+    with pytest.raises(AssertionError, match=r"\['hostNetwork', 'lifecycle'\]"):
+        require_known({"hostNetwork": True, "containers": [{"name": "a", "lifecycle": {}}]})
 
 
 def found(kind: str, name: str) -> dict[str, bytes] | None:
