@@ -50,11 +50,7 @@ def _paths(values: Any, prefix: str = "") -> list[str]:
 
 def _leaves(schema: dict[str, Any], root: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the values that a schema names, as dotted paths; a map that is Kubernetes' (affinity) is one."""
-    while "$ref" in schema:
-        place: Any = root
-        for step in schema["$ref"].removeprefix("#/").split("/"):
-            place = place[step]
-        schema = place
+    schema = _resolved(schema, root)
     if "properties" not in schema or prefix.endswith(KUBERNETES):
         return [prefix]
     return [
@@ -71,6 +67,40 @@ def test_a_schema_leaves_no_key_unknown(chart: str) -> None:
     named = list(_named(schema))
     assert named
     assert [where for where, one in named if one.get("additionalProperties") is not False] == []
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_a_value_that_is_taken_away_is_missed(chart: str) -> None:
+    """A null, Helm's way to drop a default, is answered by the schema, and not by a template that stumbles over it."""
+    schema = json.loads((ROOT / "k8s" / chart / "values.schema.json").read_text())
+    defaults = yaml.safe_load((ROOT / "k8s" / chart / "values.yaml").read_text())
+    missing = list(_not_required(schema, defaults, schema))
+    assert missing == []
+
+
+def _not_required(
+    schema: dict[str, Any], defaults: Any, root: dict[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """Yield the keys with a default that the schema does not ask for, as dotted paths."""
+    schema = _resolved(schema, root)
+    if "properties" not in schema or prefix.endswith(KUBERNETES):
+        return
+    for key in sorted(set(defaults) & set(schema["properties"])):
+        path = f"{prefix}.{key}".lstrip(".")
+        if key not in schema.get("required", []):
+            yield path
+        if isinstance(defaults[key], dict):
+            yield from _not_required(schema["properties"][key], defaults[key], root, path)
+
+
+def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reference inside of a schema refers to."""
+    while "$ref" in schema:
+        place: Any = root
+        for step in schema["$ref"].removeprefix("#/").split("/"):
+            place = place[step]
+        schema = place
+    return schema
 
 
 def _named(schema: Any, where: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,6 +1,9 @@
 """What single values do to the objects: GPUs, images, scheduling; and that no value does nothing."""
 
 import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +11,9 @@ import yaml
 
 from tests.k8s.charts import CHARTS, ROOT, Manifest, ci_values, template
 from tests.k8s.objects import Template, pod_templates
-from tests.k8s.renders import objects_in, rendered, succeeded
+from tests.k8s.renders import EVERY_RENDER, objects_in, rendered, succeeded
 from tests.k8s.task_pods import task_pods
+from tests.k8s.test_schemas import CUSTOM, VERSIONS, unread, wrong
 from tests.k8s.test_values import DIGEST, SOUND
 
 
@@ -158,3 +162,32 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
     for step in path:
         values = values.get(step) if isinstance(values, dict) else None
     return values
+
+
+# The keys under which an operator names something in the cluster.
+NAMED = {
+    *("existingClaim", "existingSecret", "superexecSecret", "monitorSecret", "key"),
+    *("priorityClassName", "runtimeClassName", "storageClass"),
+}
+
+
+def numbered(values: Any, years: Iterator[int]) -> Any:
+    """Return values with each such name as another year."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: str(next(years)) if key in NAMED and value else numbered(value, years)
+        for key, value in values.items()
+    }
+
+
+@EVERY_RENDER
+def test_a_name_that_looks_like_a_number_stays_a_text(chart: str, path: Path) -> None:
+    values = numbered(rendered(chart, path).values, itertools.count(2024))
+    manifests = objects_in(succeeded(template(chart, values)))
+    for one in manifests:
+        if one["apiVersion"] in CUSTOM:
+            given, known = unread(one)
+            assert known == given
+        else:
+            assert wrong(one, VERSIONS[-1]) is None

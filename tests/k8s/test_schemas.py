@@ -2,6 +2,7 @@
 
 import functools
 import json
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -21,19 +22,15 @@ VERSIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _read_schemas_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 2 MB of definitions for each object otherwise.
-    monkeypatch.setattr(utils, "schema_contents", _schema)
-
-
+# It reads 2 MB of definitions for each object otherwise.
 _schema = functools.cache(utils.schema_contents)
 
 
 def wrong(manifest: Manifest, version: str) -> str | None:
     """Return what the schema of a version of Kubernetes has against an object."""
     try:
-        utils.validate(manifest, version, strict=True)
+        with unittest.mock.patch.object(utils, "schema_contents", _schema):
+            utils.validate(manifest, version, strict=True)
     except utils.ValidationError as error:
         path = ".".join(map(str, error.absolute_path))
         return f"{manifest['kind']} {manifest['metadata']['name']}: {path}: {error.message}"
