@@ -44,15 +44,15 @@
 {{- define "site.trainingVolumes" -}}
 - name: data
   persistentVolumeClaim:
-    claimName: {{ include "site.claimName" (list . "state" .Values.app.persistence.state) }}
+    claimName: {{ include "site.claimName" (list . "state" .Values.app.persistence.state) | quote }}
 - name: cache
   persistentVolumeClaim:
-    claimName: {{ include "site.claimName" (list . "cache" .Values.app.persistence.cache) }}
+    claimName: {{ include "site.claimName" (list . "cache" .Values.app.persistence.cache) | quote }}
 {{- with .Values.dataset.existingClaim }}
 - name: dataset
   # Read-only as a volume, too: the recordings keep their owners and modes.
   persistentVolumeClaim:
-    claimName: {{ . }}
+    claimName: {{ . | quote }}
     readOnly: true
 {{- end }}
 {{- with .Values.dataset.hostPath }}
@@ -64,7 +64,7 @@
 {{- if include "site.fetches" . }}
 - name: hub
   persistentVolumeClaim:
-    claimName: {{ include "site.claimName" (list . "hub" .Values.app.persistence.hub) }}
+    claimName: {{ include "site.claimName" (list . "hub" .Values.app.persistence.hub) | quote }}
 {{- end }}
 {{ include "site.scratch" (list "512Mi" "2Gi") }}
 {{- end }}

@@ -7,7 +7,7 @@
 apiVersion: v1
 kind: PersistentVolumeClaim
 metadata:
-  name: {{ include "site.claimName" (list $root (index . 2) $persistence) }}
+  name: {{ include "site.claimName" (list $root (index . 2) $persistence) | quote }}
   namespace: {{ index . 3 }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
@@ -20,7 +20,7 @@ metadata:
 spec:
   accessModes: [ReadWriteOnce]
   {{- with $persistence.storageClass }}
-  storageClassName: {{ . }}
+  storageClassName: {{ . | quote }}
   {{- end }}
   resources:
     requests:

@@ -31,7 +31,7 @@ capabilities:
 
 {{/* What all containers have in common: (list $ image). A failure is one sentence, which the pod's status then shows. */}}
 {{- define "site.container" -}}
-image: {{ include "site.image" . }}
+image: {{ include "site.image" . | quote }}
 imagePullPolicy: {{ (index . 1).pullPolicy }}
 securityContext:
   {{- include "site.containerSecurity" . | nindent 2 }}
@@ -94,7 +94,7 @@ readinessProbe:
 {{- define "site.secretVolume" -}}
 - name: secret
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0440
 {{- end }}
 

@@ -38,21 +38,21 @@ identity, to which the revocation list comes.
 - name: {{ index . 2 }}
   {{- if eq (include "superlink.source" $) "authority" }}
   secret:
-    secretName: {{ $secret }}
+    secretName: {{ $secret | quote }}
     defaultMode: 0440
   {{- else }}
   projected:
     defaultMode: 0440
     sources:
       - secret:
-          name: {{ $secret }}
+          name: {{ $secret | quote }}
           items:
             - {key: tls.key, path: tls.key}
             - {key: tls.crt, path: tls.crt}
             - {key: ca.crt, path: ca.crt}
       {{- if ne $holder "superexec" }}
       - secret:
-          name: {{ $.Values.certificates.revocationList.existingSecret }}
+          name: {{ $.Values.certificates.revocationList.existingSecret | quote }}
           items:
             - {key: crl.pem, path: crl.pem}
       {{- end }}

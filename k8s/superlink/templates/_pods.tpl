@@ -20,7 +20,7 @@ securityContext:
   seccompProfile:
     type: RuntimeDefault
 {{- with $component.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $component.nodeSelector }}
 nodeSelector:

@@ -54,7 +54,7 @@ pod-spec:
   shareProcessNamespace: true
   {{- include "site.noResolver" . | nindent 2 }}
   {{- with .Values.app.gpu.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.imagePullSecrets }}
   imagePullSecrets:

@@ -24,7 +24,7 @@ spec:
         {{- with .Values.hub.existingSecret }}
         - name: HF_TOKEN
           valueFrom:
-            secretKeyRef: {name: {{ . }}, key: HF_TOKEN}
+            secretKeyRef: {name: {{ . | quote }}, key: HF_TOKEN}
         {{- end }}
       resources:
         requests: {cpu: 500m, memory: 1Gi}
@@ -37,7 +37,7 @@ spec:
   volumes:
     - name: hub
       persistentVolumeClaim:
-        claimName: {{ include "site.claimName" (list . "hub" .Values.app.persistence.hub) }}
+        claimName: {{ include "site.claimName" (list . "hub" .Values.app.persistence.hub) | quote }}
     {{- include "site.scriptsVolume" . | nindent 4 }}
     {{- include "site.scratch" (list "512Mi" "1Gi") | nindent 4 }}
 {{- end }}
