@@ -26,7 +26,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{/* The labels that tell the release's pods from all others. Task pods are labelled by Flower. */}}
 {{- define "site.allPods" -}}
 app.kubernetes.io/name: vlafleet-site
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* The labels that the Kubernetes executor's task pods are known by. */}}

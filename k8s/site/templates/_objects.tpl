@@ -8,7 +8,7 @@ apiVersion: v1
 kind: PersistentVolumeClaim
 metadata:
   name: {{ include "site.claimName" (list $root (index . 2) $persistence) | quote }}
-  namespace: {{ index . 3 }}
+  namespace: {{ index . 3 | quote }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
   annotations:
@@ -36,7 +36,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata:
   name: {{ include "site.fullname" $root }}-{{ index . 1 }}
-  namespace: {{ index . 2 }}
+  namespace: {{ index . 2 | quote }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
 automountServiceAccountToken: false
@@ -51,7 +51,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
 metadata:
   name: {{ $name }}
-  namespace: {{ index . 2 }}
+  namespace: {{ index . 2 | quote }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
 rules:
@@ -61,7 +61,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
   name: {{ $name }}
-  namespace: {{ index . 2 }}
+  namespace: {{ index . 2 | quote }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
 roleRef:
@@ -71,7 +71,7 @@ roleRef:
 subjects:
   - kind: ServiceAccount
     name: {{ $name }}
-    namespace: {{ index . 3 }}
+    namespace: {{ index . 3 | quote }}
 {{- end }}
 
 {{/* Keeps a drain waiting for a component's pod: (list $ component namespace). There is one pod. */}}
@@ -82,7 +82,7 @@ apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
   name: {{ include "site.fullname" $root }}-{{ index . 1 }}
-  namespace: {{ index . 2 }}
+  namespace: {{ index . 2 | quote }}
   labels:
     {{- include "site.labels" (list $root (index . 1)) | nindent 4 }}
 spec:

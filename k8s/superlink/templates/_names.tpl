@@ -8,7 +8,7 @@
 {{- define "superlink.selector" -}}
 {{- $ := index . 0 -}}
 app.kubernetes.io/name: vlafleet-superlink
-app.kubernetes.io/instance: {{ $.Release.Name }}
+app.kubernetes.io/instance: {{ $.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
@@ -35,7 +35,7 @@ app.kubernetes.io/part-of: vlafleet
 {{- define "superlink.metadata" -}}
 {{- $ := index . 0 -}}
 name: {{ include "superlink.fullname" $ }}-{{ last . }}
-namespace: {{ $.Release.Namespace }}
+namespace: {{ $.Release.Namespace | quote }}
 labels:
   {{- include "superlink.labels" (list $ (index . 1)) | nindent 2 }}
 {{- end -}}

@@ -3,7 +3,7 @@ What the SuperExec makes a task's pod of: Flower's keys (KubernetesExecutorConfi
 the pod's spec. A task sees data, model and state, and has neither a token of the API server nor a resolver.
 */}}
 {{- define "site.executor" -}}
-namespace: {{ .Values.app.executor.namespace }}
+namespace: {{ .Values.app.executor.namespace | quote }}
 image: {{ include "site.image" (list . .Values.app.image) | quote }}
 image-pull-policy: {{ .Values.app.image.pullPolicy }}
 service-account-name: {{ include "site.fullname" . }}-task
