@@ -26,7 +26,7 @@ from supernode import cluster as cluster_module
 from supernode import join, membership
 from supernode.cluster import Secrets, enrol
 from supernode.site import Site
-from tests.joining import FEDERATION, Fleet, after, files, joinable
+from tests.joining import FEDERATION, Fleet, after, files
 from tests.k8s.api_server import Manifest, Running, granted, service_account, serving
 from tests.past import ago
 
@@ -57,14 +57,6 @@ def rules(namespace: str, secret: str) -> list[Manifest]:
 
 
 RBAC = [*rules(NAMESPACE, SECRETS.identity), *rules(APP, SECRETS.superexec)]
-
-
-@pytest.fixture
-def fleet(
-    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    with joinable(tmp_path, free_port, monkeypatch.setattr) as made:
-        yield made
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,9 @@ from supernode import enrol, membership
 from supernode.findings import Report, fail
 from supernode.join import default_mode, join, stop
 from supernode.site import Site, locked
-from tests.joining import FEDERATION, Fleet, after, before, files, joinable, keys
+from tests.joining import FEDERATION, Fleet, after, before, files, keys
 
 NAME = "lab-7"
-
-
-@pytest.fixture
-def fleet(
-    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    with joinable(tmp_path, free_port, monkeypatch.setattr) as made:
-        yield made
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Joining by files: neither holds a secret, and an impostor's is not taken."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,9 @@ from certs.roles import Role
 from superlink.members import candidate
 from supernode.paper import accept, request
 from supernode.site import Site
-from tests.joining import FEDERATION, Fleet, after, files, joinable, keys
+from tests.joining import FEDERATION, Fleet, after, files, keys
 
 NAME = "lab-7"
-
-
-@pytest.fixture
-def fleet(
-    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    with joinable(tmp_path, free_port, monkeypatch.setattr) as made:
-        yield made
 
 
 @pytest.fixture
