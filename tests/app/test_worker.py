@@ -184,7 +184,7 @@ def test_two_processes_that_take_turns_with_a_site_agree(
     assert found == expected
 
 
-def test_a_simulated_sites_state_is_on_disk_before_the_answer(
+def test_what_the_next_process_needs_is_on_disk_once_a_worker_has_settled(
     worker: Worker, tiny_base: Path, tiny_dataset: Path
 ) -> None:
     run = Run(
@@ -193,6 +193,7 @@ def test_a_simulated_sites_state_is_on_disk_before_the_answer(
     )  # fmt: skip
     run.describe(worker)
     run.train(worker, 1)
+    worker.settle()
     assert SiteState(directory() / "sites" / "site-0000", "17").before(2)
 
 
