@@ -109,7 +109,7 @@ def _lives_elsewhere(
     if role is Role.ENROLMENT or rotation.status(authority).phase is not rotation.Phase.BEGUN:
         return False
     path, now = directory / "tls.crt", datetime.now(UTC)
-    if path.exists() and not hosts_of(load_certificate(path)) >= set(hosts):
+    if path.exists() and not set(hosts_of(load_certificate(path))) >= set(hosts):
         return False
     return any(
         (line.role, line.name) == (role, name) and line.state(now) == "valid"

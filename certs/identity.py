@@ -374,20 +374,20 @@ def publish_crl(pki: Path, authority: Authority) -> None:
             write_atomic(directory / "crl.pem", read(authority.crl, "revocation list"))
 
 
-def hosts_of(certificate: x509.Certificate) -> set[str]:
+def hosts_of(certificate: x509.Certificate) -> list[str]:
     """Return the DNS names and IP addresses that a certificate is good for."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return {
+    return [
         *names.get_values_for_type(x509.DNSName),
         *map(str, names.get_values_for_type(x509.IPAddress)),
-    }
+    ]
 
 
 def _is_good(authority: Authority, certificate: x509.Certificate, hosts: Sequence[str]) -> bool:
     return (
         authority.is_current(certificate)
         and datetime.now(UTC) < renew_at(certificate)
-        and hosts_of(certificate) >= set(hosts)
+        and set(hosts_of(certificate)) >= set(hosts)
     )
 
 

@@ -170,7 +170,7 @@ def take(source: Path, directory: Path, hosts: Sequence[str] = ()) -> Literal["t
         )
     outcome = into(directory, new, Copy.read(directory))
     identity = Identity.load(directory, *Role)
-    missing = sorted(set(hosts) - hosts_of(load_certificate(identity.certificate)))
+    missing = sorted(set(hosts) - set(hosts_of(load_certificate(identity.certificate))))
     if missing:
         raise CertificateError(
             f"the certificate of {identity.peer.role} in {directory} is not good for {', '.join(missing)}, "

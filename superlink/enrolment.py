@@ -17,7 +17,7 @@ from certs.authority import Authority
 from certs.errors import AddressError, CertificateError, StorageError
 from certs.files import load_certificate
 from certs.guard import Guard, allow, no_lifespan
-from certs.identity import Identity
+from certs.identity import Identity, hosts_of
 from certs.process_metrics import ProcessCollector
 from certs.revocations import Revocations
 from certs.roles import Role
@@ -32,7 +32,6 @@ from superlink.invitations import Invitations
 from superlink.limits import CONNECTIONS, Limits
 from superlink.members import Members
 from superlink.metrics import EnrolmentCollector, exposition
-from superlink.renewals import hosts
 from superlink.upkeep import Upkeep, renew_own
 
 _log = logging.getLogger("vlafleet.enrolment")
@@ -146,7 +145,7 @@ def _advertised(identity: Identity, host: str, port: int, advertise: str | None)
     name, _, number = advertise.rpartition(":")
     if not name or not number.isdigit() or not 0 < int(number) < 65536:
         raise AddressError(f"--advertise {advertise!r} is not host:port")
-    held = hosts(load_certificate(identity.certificate))
+    held = hosts_of(load_certificate(identity.certificate))
     if name.strip("[]") not in held:
         raise CertificateError(
             f"the enrolment service's certificate is good for {', '.join(held)}, not for {name}, "

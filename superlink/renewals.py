@@ -11,6 +11,7 @@ from certs.authority import Authority
 from certs.enrolment import requested_key
 from certs.errors import CertificateError
 from certs.files import pem_certificate
+from certs.identity import hosts_of
 from certs.lifetime import LIFETIMES
 from certs.roles import Peer, Role
 from superlink.refused import Refused
@@ -46,7 +47,7 @@ def renew(
         key,
         wanted,
         peer.name,
-        hosts=hosts(presented) if wanted is peer.role else [],
+        hosts=hosts_of(presented) if wanted is peer.role else [],
         lifetime=site_lifetime if short_lived else LIFETIMES[wanted],
     )
     # Revoked while this was signed? What was signed after the revocation would have outlived it.
@@ -59,15 +60,6 @@ def renew(
         "certificate": pem_certificate(certificate).decode(),
         "authority": authority.bundle.decode(),
     }
-
-
-def hosts(certificate: x509.Certificate) -> list[str]:
-    """Return the DNS names and IP addresses that a certificate is good for."""
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [
-        *names.get_values_for_type(x509.DNSName),
-        *map(str, names.get_values_for_type(x509.IPAddress)),
-    ]
 
 
 def _require_valid(authority: Authority, peer: Peer) -> None:

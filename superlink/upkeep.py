@@ -12,11 +12,10 @@ from certs.authority import Authority
 from certs.contexts import reload
 from certs.errors import FleetError
 from certs.files import load_certificate, pem_certificate
-from certs.identity import Identity, store_identity
+from certs.identity import Identity, hosts_of, store_identity
 from certs.lifetime import renew_at
 from certs.renewal import RENEWAL_FAILURES
 from superlink.refused import Refused
-from superlink.renewals import hosts
 
 _log = logging.getLogger("vlafleet.enrolment")
 
@@ -78,7 +77,7 @@ def _renew_own(directory: Path, identity: Identity) -> None:
         return
     key = ec.generate_private_key(ec.SECP256R1())
     peer = identity.peer
-    certificate = authority.issue(key.public_key(), peer.role, peer.name, hosts=hosts(current))
+    certificate = authority.issue(key.public_key(), peer.role, peer.name, hosts=hosts_of(current))
     store_identity(
         identity.directory, key, pem_certificate(certificate).decode(), authority.bundle.decode()
     )

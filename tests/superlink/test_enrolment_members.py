@@ -12,10 +12,9 @@ from cryptography import x509
 
 from certs.enrolment import signing_request
 from certs.files import load_certificate
-from certs.identity import Identity, ensure_identity
+from certs.identity import Identity, ensure_identity, hosts_of
 from certs.lifetime import LIFETIMES, issued_at, life
 from certs.roles import Peer, Role
-from superlink import renewals
 from superlink.refused import Refused
 from superlink.upkeep import Upkeep, renew_own
 from tests.enrolling import FEDERATION, Keys, Service, new_key
@@ -31,7 +30,7 @@ def csr(role: Role = Role.SITE, name: str = "site-c", key: Any = None) -> str:
 
 
 def names(certificate: x509.Certificate) -> set[str]:
-    return set(renewals.hosts(certificate))
+    return set(hosts_of(certificate))
 
 
 @pytest.mark.parametrize(
