@@ -19,20 +19,10 @@ securityContext:
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile:
     type: RuntimeDefault
-{{- with $component.priorityClassName }}
-priorityClassName: {{ . | quote }}
+{{- range $field := list "priorityClassName" "nodeSelector" "affinity" "tolerations" "topologySpreadConstraints" }}
+{{- with get $component $field }}
+{{ dict $field . | toYaml }}
 {{- end }}
-{{- with $component.nodeSelector }}
-nodeSelector:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $component.tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $component.topologySpreadConstraints }}
-topologySpreadConstraints:
-  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
