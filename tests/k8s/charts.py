@@ -1,16 +1,15 @@
 """The charts as Helm renders them, for the tests."""
 
 import functools
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+
+from tests.tools import fetched
 
 ROOT = Path(__file__).parents[2]
 CHARTS = ("superlink", "site")
@@ -24,21 +23,8 @@ Manifest = dict[str, Any]
 
 @functools.cache
 def tools() -> Path:
-    """Return a directory with helm and kubectl; without them the test is skipped, in CI it fails."""
-    directory = ROOT / ".cache" / "kubernetes"
-    result = subprocess.run(
-        ["bash", "k8s/tools.sh", str(directory)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, "PYTHON": sys.executable},
-    )
-    if result.returncode and not os.environ.get("CI"):
-        pytest.skip(result.stderr.strip())
-    assert result.returncode == 0, result.stderr
-    return directory
+    """Return a directory with helm and kubectl, as ``fetched`` does."""
+    return fetched("k8s/tools.sh", "kubernetes")
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,8 +68,18 @@ def render(
 ) -> list[Manifest]:
     """Return the objects that a chart makes; a failure of helm is in the assertion."""
     done = template(chart, values, release=release, namespace=namespace, options=options)
+    return objects_in(succeeded(done))
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a command printed; its failure is in the assertion."""
     assert done.returncode == 0, done.stderr
-    return [found for found in yaml.safe_load_all(done.stdout) if found]
+    return done.stdout
+
+
+def objects_in(text: str) -> list[Manifest]:
+    """Return the objects of a YAML stream: a dashboard takes yaml.safe_load twenty times as long."""
+    return [found for found in yaml.load_all(text, yaml.CSafeLoader) if found]
 
 
 def ci_values(chart: str) -> list[Path]:

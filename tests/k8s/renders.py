@@ -1,7 +1,6 @@
 """Every ``ci/*-values.yaml`` as a render, made once in a session: what the checks of the charts go through."""
 
 import functools
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.charts import CHARTS, Manifest, ci_values, template
+from tests.k8s.charts import CHARTS, Manifest, ci_values, objects_in, succeeded, template
 from tests.k8s.task_pods import task_pods
 
 
@@ -31,17 +30,6 @@ def rendered(chart: str, path: Path) -> Rendered:
     text = succeeded(template(chart, path))
     manifests = objects_in(text)
     return Rendered(values, [*manifests, *task_pods(manifests)], text)
-
-
-def succeeded(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what a command printed; its failure is in the assertion."""
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def objects_in(text: str) -> list[Manifest]:
-    """Return the objects of a YAML stream: a dashboard takes yaml.safe_load twenty times as long."""
-    return [found for found in yaml.load_all(text, yaml.CSafeLoader) if found]
 
 
 def _name(path: Path) -> str:

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.charts import CHARTS, ROOT, Manifest, ci_values, template
+from tests.k8s.charts import (
+    CHARTS,
+    ROOT,
+    Manifest,
+    ci_values,
+    objects_in,
+    succeeded,
+    template,
+)
 from tests.k8s.objects import Template, pod_templates
-from tests.k8s.renders import EVERY_RENDER, objects_in, rendered, succeeded
+from tests.k8s.renders import EVERY_RENDER, rendered
 from tests.k8s.task_pods import task_pods
 from tests.k8s.test_schemas import CUSTOM, VERSIONS, unread, wrong
 from tests.k8s.test_values import DIGEST, SOUND

@@ -14,8 +14,15 @@ from typing import Any
 
 import yaml
 
-from tests.k8s.charts import NAMESPACE, RELEASES, ROOT, Manifest, tools
-from tests.k8s.renders import objects_in, succeeded
+from tests.k8s.charts import (
+    NAMESPACE,
+    RELEASES,
+    ROOT,
+    Manifest,
+    objects_in,
+    succeeded,
+    tools,
+)
 
 # What Helm asks before it renders: which version of Kubernetes, and which kinds it knows.
 _ANSWERS = {

@@ -18,7 +18,8 @@ import httpx
 import yaml
 
 from certs.parent import end_with_parent
-from tests.monitoring.tools import ROOT, prometheus_tools
+from tests.monitoring.tools import prometheus_tools
+from tests.tools import ROOT
 
 # Both listen within a second or two.
 _START_S = 60.0

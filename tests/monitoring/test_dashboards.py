@@ -22,7 +22,8 @@ from tests.monitoring.declared import history, labels
 from tests.monitoring.grafana_schema import problems
 from tests.monitoring.processes import running, wait_ready
 from tests.monitoring.queries import DASHBOARDS, filled, panels_of, queries
-from tests.monitoring.tools import ROOT, prometheus_tools
+from tests.monitoring.tools import prometheus_tools
+from tests.tools import ROOT
 
 _NAMES = ["federation", "round", "runbook", "security", "site"]
 # Prometheus' own, and what it adds to what it scrapes; a site's target also says which site it is.

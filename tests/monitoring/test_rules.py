@@ -16,7 +16,8 @@ from app import run_metrics
 from superlink.metrics import RUN_STATUSES
 from tests.monitoring.declared import declared, labels
 from tests.monitoring.processes import running, wait_ready
-from tests.monitoring.tools import ROOT, prometheus_tools
+from tests.monitoring.tools import prometheus_tools
+from tests.tools import ROOT
 from vlafleet import cli
 
 PROMETHEUS = ROOT / "docker" / "prometheus"
